@@ -1,0 +1,250 @@
+"""The one noun of this library: a structure, a family of interchangeable units that live or die together.
+
+    Slice(parameter, axis, indices)    where the units live in one parameter or buffer: an explicit table
+    Structure(name, kind, slices)      every place where the units live
+    Structures                         what discovery returns: a list of them, with the exact cost of the model as a function of
+                                       their kept counts, and what was pinned and why
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_compress.polynomials import Polynomial
+
+KINDS = ("head", "qk_dim", "vo_dim", "ffn", "channel")
+
+Role = Literal["producer", "consumer", "companion"]
+Tier = Literal["native", "shim"]
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """Where the units of a structure live in one parameter or buffer.
+
+    Args:
+        parameter: dotted name in the traced model; for a shared tensor the first of its names.
+        axis: axis of the tensor on which the units lie.
+        size: length of that axis before any removal.
+        indices: int64 tensor of shape (units, positions): ``indices[u]`` are the positions that unit ``u`` owns on the axis.
+            An explicit table covers packed projections, grouped queries, rotary pairs and depthwise filters alike.
+        role: "producer" makes the unit (its weight rows and biases), "consumer" contracts over the unit, "companion" travels along
+            (norm scales, running statistics, per-unit buffers).
+        zero: whether this slice is set to zero to silence the unit exactly; see ``surgery.zero_units``.
+    """
+
+    parameter: str
+    axis: int
+    size: int
+    indices: Tensor
+    role: Role
+    zero: bool = False
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Slice)
+            and (self.parameter, self.axis, self.size, self.role, self.zero)
+            == (other.parameter, other.axis, other.size, other.role, other.zero)
+            and torch.equal(self.indices, other.indices)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.parameter, self.axis, self.size, self.role))
+
+    def positions(self, units: Iterable[int]) -> Tensor:
+        """Sorted unique positions on the axis owned by ``units``, shape (count,)."""
+        rows = torch.as_tensor(list(units), dtype=torch.long)
+        return self.indices[rows].reshape(-1).unique()
+
+    def unit_of_position(self) -> Tensor:
+        """For every position of the axis the unit that owns it, or -1; int64 of shape (size,)."""
+        owner = torch.full((self.size,), -1, dtype=torch.long)
+        units = torch.arange(self.indices.shape[0]).unsqueeze(1).expand_as(self.indices)
+        owner[self.indices.reshape(-1)] = units.reshape(-1)
+        return owner
+
+
+@dataclass(frozen=True)
+class AttributeEdit:
+    """An attribute that counts units: ``setattr(module, attribute, size evaluated at the kept counts)``.
+
+    Args:
+        module: dotted path of the module that owns the attribute.
+        attribute: its name; "config.NAME" edits a copy of the module's configuration object that is private to the module.
+        size: the new value as a polynomial in the kept counts.
+    """
+
+    module: str
+    attribute: str
+    size: Polynomial
+
+
+@dataclass(frozen=True)
+class ShimEdit:
+    """A module whose sliced output is scattered back to, or whose input is gathered from, the original width.
+
+    Args:
+        module: dotted path of the module that owns the sliced weight.
+        side: "output" (producer: scatter with zeros) or "input" (consumer: gather the kept positions).
+        dim: dimension of the module's output or input tensor that carries the units.
+    """
+
+    module: str
+    side: Literal["output", "input"]
+    dim: int
+
+
+@dataclass(frozen=True)
+class CoreEdit:
+    """A ``torch.nn.MultiheadAttention`` whose forward is replaced by one with independent head count and widths.
+
+    Args:
+        module: dotted path of the attention module.
+        axis: which of its three sizes the structure counts: "heads", "qk_head_dim" or "vo_head_dim".
+    """
+
+    module: str
+    axis: Literal["heads", "qk_head_dim", "vo_head_dim"]
+
+
+Edit = AttributeEdit | ShimEdit | CoreEdit
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A family of ``units`` interchangeable units, and every slice in which they live.
+
+    Args:
+        name: unique display name: the path of the innermost module that holds all slices, a dot and the kind.
+        kind: one of ``KINDS``.
+        units: number of units n.
+        slices: every place where the units live.
+        sizes: every size in the model's shapes that depends on the kept count, as polynomials in structure names: the count itself,
+            heads * head_dim, 3 * heads * head_dim, ... Surgery looks for integer attributes that equal one of them.
+        tier: how removal was proven to work: "native" (weights sliced, attributes repaired) or "shim" (a gather or scatter keeps the
+            original width between the sliced weights); None before it is proven.
+        edits: what removal changes besides tensors, found by the proof and replayed by surgery.
+    """
+
+    name: str
+    kind: str
+    units: int
+    slices: tuple[Slice, ...]
+    sizes: tuple[Polynomial, ...] = ()
+    tier: Tier | None = None
+    edits: tuple[Edit, ...] = ()
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters and buffers touched, each once, in order."""
+        return tuple(dict.fromkeys(s.parameter for s in self.slices))
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A family of units that stays whole, and why.
+
+    Args:
+        name: display name like that of a structure.
+        kind: kind it would have had, or "unknown".
+        units: number of units.
+        parameters: names of the parameters that share the axis.
+        reasons: sentences; each names the operation and the module where the units stopped being interchangeable.
+    """
+
+    name: str
+    kind: str
+    units: int
+    parameters: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+class Structures(list[Structure]):
+    """The structures of one model: a list, with costs and pinned families beside it.
+
+    Attributes:
+        weight_macs: multiply-accumulates of the traced call in operations with a weight (linear, convolution), as a polynomial in
+            the kept counts; variables are structure names.
+        activation_macs: the same for products of two activations (attention scores and mixing).
+        params: number of elements of the parameters, as such a polynomial.
+        pinned: families that stay whole, with reasons.
+    """
+
+    def __init__(
+        self,
+        structures: Iterable[Structure] = (),
+        *,
+        weight_macs: Polynomial | None = None,
+        activation_macs: Polynomial | None = None,
+        params: Polynomial | None = None,
+        pinned: Iterable[Pinned] = (),
+    ) -> None:
+        super().__init__(structures)
+        self.weight_macs = weight_macs if weight_macs is not None else Polynomial()
+        self.activation_macs = activation_macs if activation_macs is not None else Polynomial()
+        self.params = params if params is not None else Polynomial()
+        self.pinned: tuple[Pinned, ...] = tuple(pinned)
+        names = [s.name for s in self]
+        if len(set(names)) != len(names):
+            twice = sorted({n for n in names if names.count(n) > 1})
+            raise ValueError(f"Expected structure names to be unique, but got {twice} more than once.")
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Units of each structure: the point at which the cost polynomials give the cost of the unpruned model."""
+        return {s.name: s.units for s in self}
+
+    @property
+    def macs(self) -> Polynomial:
+        """Multiply-accumulates of the traced call.
+
+        A structure of tier "shim" is sliced in the weights only: between them the original width stays, so its kept count is frozen
+        in the products of activations.
+        """
+        shims = {s.name: float(s.units) for s in self if s.tier == "shim"}
+        return self.weight_macs + self.activation_macs.substitute(shims)
+
+    def __getitem__(self, key):  # type: ignore[no-untyped-def, override]
+        """By position, or by name."""
+        if isinstance(key, str):
+            for structure in self:
+                if structure.name == key:
+                    return structure
+            raise KeyError(f"Expected the name of a structure, one of {[s.name for s in self]}, but got {key!r}.")
+        return super().__getitem__(key)
+
+    def rebuilt(self, structures: Iterable[Structure], pinned: Iterable[Pinned] | None = None) -> Structures:
+        """The same costs over other (fewer, or proven) structures; variables of structures left out become constants."""
+        kept = list(structures)
+        gone = {s.name: float(s.units) for s in self if s.name not in {k.name for k in kept}}
+        return Structures(
+            kept,
+            weight_macs=self.weight_macs.substitute(gone),
+            activation_macs=self.activation_macs.substitute(gone),
+            params=self.params.substitute(gone),
+            pinned=self.pinned if pinned is None else pinned,
+        )
+
+    def of_kind(self, *kinds: str) -> Structures:
+        """Only the structures of these kinds; raises ValueError for an unknown kind."""
+        check_kinds(kinds)
+        return self.rebuilt(s for s in self if s.kind in kinds)
+
+
+def check_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
+    """Return ``kinds`` as a tuple, or raise ValueError naming the unknown one and what was probably meant."""
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    for kind in kinds:
+        if kind not in KINDS:
+            close = get_close_matches(kind, KINDS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"Expected kinds to be among {KINDS}, but got {kind!r}.{hint}")
+    if not kinds:
+        raise ValueError(f"Expected at least one kind among {KINDS}, but got none.")
+    return kinds
