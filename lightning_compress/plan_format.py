@@ -1,0 +1,318 @@
+"""The JSON form of a pruning plan: what is written, and a reader that trusts nothing.
+
+    {"format": "lightning_compress.plan", "version": 1,
+     "shapes": {"up.weight": [64, 16], ...},
+     "structures": [{"name": ..., "kind": ..., "units": ..., "tier": ..., "kept": [[0, 40], 43, [50, 64, 2]],
+                     "sizes": [...], "slices": [...], "edits": [...]}, ...]}
+
+Integer sequences are lists of *ranges*: an integer is itself, ``[start, stop]`` and ``[start, stop, step]`` are those of
+Python's ``range``. A table of positions is ``{"stride": s, "pattern": ranges}`` where unit u owns u * s + pattern (nearly
+always the case: whole heads, head dims, packed projections), otherwise ``{"rows": [ranges, ...]}``. A polynomial is a
+list of ``[coefficient, [variable, ...]]``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_compress.polynomials import Polynomial
+from lightning_compress.structures import KINDS, AttributeEdit, CoreEdit, Edit, Role, ShimEdit, Slice, Structure, Tier
+
+NAME = "lightning_compress.plan"
+VERSION = 1
+
+# A file may be hostile: no axis longer than this is read, so that a short file cannot ask for boundless memory.
+LARGEST_AXIS = 2**26
+LARGEST_RANK = 16
+
+# Attributes that an edit may set: plain names, possibly of the configuration object; never a double underscore.
+ATTRIBUTE = re.compile(r"(config\.)?(?!__)[A-Za-z_][A-Za-z0-9_]*")
+
+
+def encode_ranges(values: Sequence[int]) -> list[int | list[int]]:
+    """Integers as ranges, in order: [0, 1, 2, 7, 10, 12, 14] -> [[0, 3], 7, [10, 16, 2]]."""
+    ranges: list[int | list[int]] = []
+    start = 0
+    while start < len(values):
+        stop = start + 1
+        if stop < len(values) and (step := values[stop] - values[start]):
+            while stop < len(values) and values[stop] - values[stop - 1] == step:
+                stop += 1
+            # a pair is shorter as a range only where the step need not be written
+            if stop - start < (2 if step == 1 else 3):
+                stop = start + 1
+        if stop - start == 1:
+            ranges.append(values[start])
+        else:
+            end = values[stop - 1] + (1 if step == 1 else step)
+            ranges.append([values[start], end] if step == 1 else [values[start], end, step])
+        start = stop
+    return ranges
+
+
+def encode_table(indices: Tensor) -> dict[str, Any]:
+    """A table of positions, shape (units, positions), as stride and pattern where these say it all, else as rows."""
+    stride = int(indices[1, 0] - indices[0, 0]) if indices.shape[0] > 1 and indices.shape[1] > 0 else 1
+    if torch.equal(indices, torch.arange(indices.shape[0]).unsqueeze(1) * stride + indices[0]):
+        return {"stride": stride, "pattern": encode_ranges(indices[0].tolist())}
+    return {"rows": [encode_ranges(row) for row in indices.tolist()]}
+
+
+def encode_polynomial(polynomial: Polynomial) -> list[list[Any]]:
+    """A polynomial as a list of [coefficient, [variable, ...]]."""
+    return [[coefficient, list(names)] for names, coefficient in polynomial]
+
+
+def encode_edit(edit: Edit) -> dict[str, Any]:
+    """An edit as an object whose "edit" says which."""
+    match edit:
+        case AttributeEdit(module, attribute, size):
+            return {"edit": "attribute", "module": module, "attribute": attribute, "size": encode_polynomial(size)}
+        case ShimEdit(module, side, dim):
+            return {"edit": "shim", "module": module, "side": side, "dim": dim}
+        case CoreEdit(module, axis):
+            return {"edit": "core", "module": module, "axis": axis}
+
+
+def encode_structure(structure: Structure, kept: Sequence[int]) -> dict[str, Any]:
+    """A structure and its kept units."""
+    return {
+        "name": structure.name,
+        "kind": structure.kind,
+        "units": structure.units,
+        "tier": structure.tier,
+        "kept": encode_ranges(kept),
+        "sizes": [encode_polynomial(size) for size in structure.sizes],
+        "slices": [
+            {
+                "parameter": s.parameter,
+                "axis": s.axis,
+                "size": s.size,
+                "role": s.role,
+                "zero": s.zero,
+                "indices": encode_table(s.indices),
+            }
+            for s in structure.slices
+        ],
+        "edits": [encode_edit(edit) for edit in structure.edits],
+    }
+
+
+def dumps(
+    structures: Iterable[Structure], kept: Mapping[str, Sequence[int]], shapes: Mapping[str, Sequence[int]]
+) -> str:
+    """The plan as JSON text, one structure per line."""
+    lines = ",\n".join(json.dumps(encode_structure(s, kept[s.name]), separators=(",", ":")) for s in structures)
+    header = json.dumps({name: list(shape) for name, shape in shapes.items()}, separators=(",", ":"))
+    return f'{{"format":"{NAME}","version":{VERSION},\n"shapes":{header},\n"structures":[\n{lines}\n]}}\n'
+
+
+# The reader. Every function takes the key path of its value, so that an error says where: "structures[2].kept[0]".
+
+
+def loads(text: str) -> tuple[tuple[Structure, ...], dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Structures, kept units and shapes out of JSON text; raises ValueError with the key path of what is wrong."""
+    try:
+        data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"Expected a pruning plan as JSON, but it cannot be parsed: {error}.") from None
+    data = _object(data, "plan", {"format", "version", "shapes", "structures"})
+    if data["format"] != NAME:
+        _refuse("format", repr(NAME), data["format"])
+    if data["version"] != VERSION or isinstance(data["version"], bool):
+        _refuse("version", f"{VERSION} (newer plans need a newer lightning_compress)", data["version"])
+    if not isinstance(data["shapes"], dict):
+        _refuse("shapes", "an object from parameter name to shape", data["shapes"])
+    shapes = {name: _shape(shape, f"shapes[{name!r}]") for name, shape in data["shapes"].items()}
+    structures: list[Structure] = []
+    kept: dict[str, tuple[int, ...]] = {}
+    for i, value in enumerate(_list(data["structures"], "structures")):
+        path = f"structures[{i}]"
+        structure, units = _structure(value, path)
+        if structure.name in kept:
+            _refuse(f"{path}.name", "a name that no other structure has", structure.name)
+        structures.append(structure)
+        kept[structure.name] = units
+    return tuple(structures), kept, shapes
+
+
+def _refuse(path: str, expected: str, got: object) -> NoReturn:
+    shown = repr(got)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    raise ValueError(f"Malformed pruning plan: expected {path} to be {expected}, but got {shown}.")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"Malformed pruning plan: expected finite numbers, but got {name}.")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"Malformed pruning plan: expected each key once in an object, but got {twice} twice.")
+    return data
+
+
+def _object(value: Any, path: str, keys: set[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        _refuse(path, f"an object with the keys {sorted(keys)}", value)
+    if set(value) != keys:
+        missing, unknown = sorted(keys - set(value)), sorted(set(value) - keys)
+        raise ValueError(
+            f"Malformed pruning plan: expected {path} to have the keys {sorted(keys)}, "
+            f"but {missing} are missing and {unknown} are unknown."
+        )
+    return value
+
+
+def _list(value: Any, path: str) -> list[Any]:
+    if not isinstance(value, list):
+        _refuse(path, "a list", value)
+    return value
+
+
+def _items(value: Mapping[str, Any], path: str, key: str) -> list[tuple[str, Any]]:
+    """The items of the list at ``key``, each with its key path."""
+    return [(f"{path}.{key}[{i}]", item) for i, item in enumerate(_list(value[key], f"{path}.{key}"))]
+
+
+def _string(value: Any, path: str, choices: Sequence[str] | None = None) -> str:
+    if not isinstance(value, str):
+        _refuse(path, "a string", value)
+    if choices is not None and value not in choices:
+        _refuse(path, f"one of {tuple(choices)}", value)
+    return value
+
+
+def _integer(value: Any, path: str, low: int, high: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        _refuse(path, f"an integer from {low} to {high}", value)
+    return value
+
+
+def _shape(value: Any, path: str) -> tuple[int, ...]:
+    sizes = _list(value, path)
+    if len(sizes) > LARGEST_RANK:
+        _refuse(path, f"a list of at most {LARGEST_RANK} sizes", value)
+    return tuple(_integer(n, f"{path}[{i}]", 0, LARGEST_AXIS) for i, n in enumerate(sizes))
+
+
+def _ranges(value: Any, path: str, size: int, longest: int) -> list[int]:
+    """At most ``longest`` integers in [0, size); counted before they are made."""
+    values: list[int] = []
+    for i, item in enumerate(_list(value, path)):
+        where = f"{path}[{i}]"
+        if not isinstance(item, list):
+            values.append(_integer(item, where, 0, size - 1))
+        else:
+            if len(item) not in (2, 3):
+                _refuse(where, "an integer, [start, stop] or [start, stop, step]", item)
+            start, stop, step = (_integer(n, f"{where}[{j}]", -size, 2 * size) for j, n in enumerate((*item, 1)[:3]))
+            run = range(start, stop, step) if step else range(0)
+            if not len(run) or min(run[0], run[-1]) < 0 or max(run[0], run[-1]) >= size:
+                _refuse(where, f"a range of one or more integers from 0 to {size - 1}", item)
+            if len(values) + len(run) > longest:
+                _refuse(path, f"at most {longest} integers", value)
+            values.extend(run)
+    if len(values) > longest:
+        _refuse(path, f"at most {longest} integers", value)
+    return values
+
+
+def _table(value: Any, path: str, units: int, size: int) -> Tensor:
+    """Positions of each unit, int64 of shape (units, positions)."""
+    if isinstance(value, dict) and "rows" in value:
+        rows = _list(_object(value, path, {"rows"})["rows"], f"{path}.rows")
+        if len(rows) != units:
+            _refuse(f"{path}.rows", f"a list of {units} rows, one per unit", f"{len(rows)} rows")
+        table = [_ranges(row, f"{path}.rows[{u}]", size, size // units) for u, row in enumerate(rows)]
+        for u, row in enumerate(table):
+            if len(row) != len(table[0]):
+                _refuse(f"{path}.rows[{u}]", f"{len(table[0])} positions like the first row", f"{len(row)} positions")
+        return torch.tensor(table, dtype=torch.long).reshape(units, -1)
+    value = _object(value, path, {"stride", "pattern"})
+    stride = _integer(value["stride"], f"{path}.stride", -size, size)
+    pattern = torch.tensor(_ranges(value["pattern"], f"{path}.pattern", size, size // units), dtype=torch.long)
+    table_ = torch.arange(units).unsqueeze(1) * stride + pattern
+    if table_.numel() and (int(table_.min()) < 0 or int(table_.max()) >= size):
+        _refuse(path, f"positions from 0 to {size - 1}", [int(table_.min()), int(table_.max())])
+    return table_
+
+
+def _polynomial(value: Any, path: str) -> Polynomial:
+    terms: dict[tuple[str, ...], float] = {}
+    for i, term in enumerate(_list(value, path)):
+        where = f"{path}[{i}]"
+        if not isinstance(term, list) or len(term) != 2:
+            _refuse(where, "a list [coefficient, [variable, ...]]", term)
+        coefficient = term[0]
+        if not isinstance(coefficient, int | float) or isinstance(coefficient, bool) or not math.isfinite(coefficient):
+            _refuse(f"{where}[0]", "a finite number", coefficient)
+        names = tuple(_string(n, f"{where}[1][{j}]") for j, n in enumerate(_list(term[1], f"{where}[1]")))
+        if names in terms or names != tuple(sorted(names)):
+            _refuse(f"{where}[1]", "sorted variables that occur in no other term", term[1])
+        terms[names] = float(coefficient)
+    return Polynomial(terms)
+
+
+def _edit(value: Any, path: str) -> Edit:
+    if not isinstance(value, dict) or "edit" not in value:
+        _refuse(path, 'an object with the key "edit"', value)
+    name = _string(value["edit"], f"{path}.edit", ("attribute", "shim", "core"))
+    if name == "attribute":
+        value = _object(value, path, {"edit", "module", "attribute", "size"})
+        attribute = _string(value["attribute"], f"{path}.attribute")
+        if not ATTRIBUTE.fullmatch(attribute):
+            _refuse(f"{path}.attribute", 'an attribute name, possibly after "config."', attribute)
+        size = _polynomial(value["size"], f"{path}.size")
+        return AttributeEdit(_string(value["module"], f"{path}.module"), attribute, size)
+    if name == "shim":
+        value = _object(value, path, {"edit", "module", "side", "dim"})
+        side = _string(value["side"], f"{path}.side", ("output", "input"))
+        dim = _integer(value["dim"], f"{path}.dim", -LARGEST_RANK, LARGEST_RANK)
+        return ShimEdit(_string(value["module"], f"{path}.module"), side, dim)  # type: ignore[arg-type]
+    value = _object(value, path, {"edit", "module", "axis"})
+    axis = _string(value["axis"], f"{path}.axis", ("heads", "qk_head_dim", "vo_head_dim"))
+    return CoreEdit(_string(value["module"], f"{path}.module"), axis)  # type: ignore[arg-type]
+
+
+def _slice(value: Any, path: str, units: int) -> Slice:
+    value = _object(value, path, {"parameter", "axis", "size", "role", "zero", "indices"})
+    size = _integer(value["size"], f"{path}.size", 1, LARGEST_AXIS)
+    if not isinstance(value["zero"], bool):
+        _refuse(f"{path}.zero", "true or false", value["zero"])
+    return Slice(
+        parameter=_string(value["parameter"], f"{path}.parameter"),
+        axis=_integer(value["axis"], f"{path}.axis", 0, LARGEST_RANK - 1),
+        size=size,
+        indices=_table(value["indices"], f"{path}.indices", units, size),
+        role=_string(value["role"], f"{path}.role", get_args(Role)),  # type: ignore[arg-type]
+        zero=value["zero"],
+    )
+
+
+def _structure(value: Any, path: str) -> tuple[Structure, tuple[int, ...]]:
+    value = _object(value, path, {"name", "kind", "units", "tier", "kept", "sizes", "slices", "edits"})
+    units = _integer(value["units"], f"{path}.units", 1, LARGEST_AXIS)
+    tier = value["tier"]
+    if tier is not None:
+        tier = _string(tier, f"{path}.tier", get_args(Tier))
+    structure = Structure(
+        name=_string(value["name"], f"{path}.name"),
+        kind=_string(value["kind"], f"{path}.kind", KINDS),
+        units=units,
+        slices=tuple(_slice(item, where, units) for where, item in _items(value, path, "slices")),
+        sizes=tuple(_polynomial(item, where) for where, item in _items(value, path, "sizes")),
+        tier=tier,
+        edits=tuple(_edit(item, where) for where, item in _items(value, path, "edits")),
+    )
+    return structure, tuple(_ranges(value["kept"], f"{path}.kept", units, units))
