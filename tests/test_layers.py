@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (  # from low to high: a module imports from its own layer and from those before it
     {"regularizers", "schedules", "polynomials", "quantizers", "token_scores"},
-    {"structures", "plan"},
+    {"structures", "plan", "plan_format"},
     {"discovery", "importance", "costs"},
     {"budget", "surgery", "tokens", "quantization"},
     {"analysis", "report", "export"},
