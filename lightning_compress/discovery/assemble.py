@@ -1,0 +1,222 @@
+"""From a trace to structures: every free atom that a weight makes and something reads is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_compress.discovery.axes import Axis, atoms, find, flat
+from lightning_compress.discovery.tracer import Trace
+from lightning_compress.polynomials import Polynomial
+from lightning_compress.structures import Pinned, Slice, Structure, Structures
+
+
+@dataclass
+class Family:
+    """An atom and everything the trace knows about it."""
+
+    atom: Axis
+    places: list[tuple[str, int]] = field(default_factory=list)  # (parameter or buffer, axis)
+    roles: dict[str, set[str]] = field(default_factory=dict)  # parameter or buffer -> roles
+
+    @property
+    def has_producer(self) -> bool:
+        return any("producer" in roles for roles in self.roles.values())
+
+    @property
+    def has_consumer(self) -> bool:
+        return any("consumer" in roles for roles in self.roles.values())
+
+    @property
+    def between_activations(self) -> bool:
+        """Read by a product of two activations or by a sum, where only silent producers make a unit silent."""
+        return bool(self.atom.marks & {"contracted", "summed"})
+
+    @property
+    def kind(self) -> str:
+        """Kind by what operations did to the atom, never by names."""
+        marks = self.atom.marks
+        if "batched" in marks:
+            return "head"
+        if "contracted" in marks:
+            return "qk_dim"
+        if "free" in marks:
+            return "vo_dim"
+        if "convolved" in marks:
+            return "channel"
+        return "ffn"
+
+
+def assemble(trace: Trace, kinds: Sequence[str]) -> Structures:
+    """Structures of these kinds, the model's costs in their kept counts, and what is pinned."""
+    families = _families(trace)
+    free: list[Family] = []
+    pinned: list[Family] = []
+    for family in families.values():
+        if not family.has_producer or not (family.has_consumer or family.between_activations or family.atom.reasons):
+            continue
+        (pinned if family.atom.reasons else free).append(family)
+    for family in list(free):
+        if any(_occurrences(axis, family.atom) > 1 for axis in _axes_of(trace, family)):
+            free.remove(family)
+            family.atom.reasons.add("it occurs twice in one dimension")
+            pinned.append(family)
+    chosen = [family for family in free if family.kind in kinds]
+    names = _names([family for family in chosen])
+    variables = {id(family.atom): Polynomial.variable(name) for family, name in zip(chosen, names, strict=True)}
+
+    structures = []
+    for family, name in zip(chosen, names, strict=True):
+        structures.append(Structure(name, family.kind, family.atom.size, _slices(trace, family), _sizes(trace, family, variables)))
+    macs = {True: Polynomial(), False: Polynomial()}
+    for contraction in trace.contractions:
+        cost = Polynomial.constant(contraction.factor)
+        for axis in contraction.axes:
+            cost = cost * size_of(axis, variables)
+        macs[contraction.weight] += cost
+    params = Polynomial()
+    for member in trace.members.values():
+        if member.is_parameter:
+            numel = Polynomial.constant(1)
+            for axis in member.dims:
+                numel = numel * (Polynomial.constant(1) if axis is None else size_of(axis, variables))
+            params += numel
+    pinned_names = _names(pinned)
+    return Structures(
+        structures,
+        weight_macs=macs[True],
+        activation_macs=macs[False],
+        params=params,
+        pinned=[
+            Pinned(name, _pinned_kind(f), f.atom.size, tuple(dict.fromkeys(p for p, _ in f.places)), tuple(sorted(f.atom.reasons)))
+            for f, name in zip(pinned, pinned_names, strict=True)
+        ],
+    )
+
+
+def _families(trace: Trace) -> dict[int, Family]:
+    families: dict[int, Family] = {}
+    for member in trace.members.values():
+        for position, axis in enumerate(member.dims):
+            for atom in atoms(axis):
+                if atom.size > 1:
+                    family = families.setdefault(id(atom), Family(atom))
+                    if (member.name, position) not in family.places:
+                        family.places.append((member.name, position))
+    for note in trace.notes:
+        for atom in atoms(note.axis):
+            if id(atom) in families:
+                families[id(atom)].roles.setdefault(note.name, set()).add(note.role)
+    return families
+
+
+def _pinned_kind(family: Family) -> str:
+    return "hidden" if "normalised" in family.atom.marks else family.kind
+
+
+def _axes_of(trace: Trace, family: Family) -> Iterable[Axis]:
+    for name, position in family.places:
+        axis = trace.members[name].dims[position]
+        assert axis is not None
+        yield axis
+
+
+def _occurrences(axis: Axis, atom: Axis) -> int:
+    """How often an atom enters one position: twice in the product of an axis with itself."""
+    axis = find(axis)
+    if axis.form == "atom":
+        return int(axis is atom)
+    counts = [_occurrences(part, atom) for part in axis.parts]
+    return sum(counts) if axis.form == "product" else max(counts)
+
+
+def _names(families: Sequence[Family]) -> list[str]:
+    """Path of the innermost module that holds all members, a dot and the kind; numbered where that repeats."""
+    names: list[str] = []
+    for family in families:
+        paths = [name.split(".")[:-1] for name, _ in family.places]
+        common: list[str] = []
+        for parts in zip(*paths, strict=False):
+            if len(set(parts)) > 1:
+                break
+            common.append(parts[0])
+        base = ".".join([*common, _pinned_kind(family)])
+        name, number = base, 2
+        while name in names:
+            name, number = f"{base}_{number}", number + 1
+        names.append(name)
+    return names
+
+
+def unit_numbers(axis: Axis, atom: Axis) -> Tensor:
+    """For every position of ``axis`` the unit of ``atom`` that it belongs to, or -1; int64 of shape (size,)."""
+    axis = find(axis)
+    if axis is atom:
+        return torch.arange(axis.size)
+    if axis.form == "atom":
+        return torch.full((axis.size,), -1)
+    numbers = [unit_numbers(part, atom) for part in axis.parts]
+    if axis.form == "concat":
+        return torch.cat(numbers)
+    result = numbers[0]
+    for inner in numbers[1:]:  # at most one factor is not -1 everywhere
+        result = torch.maximum(result.unsqueeze(1), inner.unsqueeze(0)).reshape(-1)
+    return result
+
+
+def _slices(trace: Trace, family: Family) -> tuple[Slice, ...]:
+    slices = []
+    silence_producers = family.between_activations or not family.has_consumer
+    for name, position in family.places:
+        axis = trace.members[name].dims[position]
+        assert axis is not None
+        numbers = unit_numbers(axis, family.atom)
+        owned = (numbers >= 0).nonzero().reshape(-1)
+        order = numbers[owned].argsort(stable=True)
+        indices = owned[order].reshape(family.atom.size, -1)
+        roles = family.roles.get(name, set())
+        # A weight that reads its own product (a layer applied twice) does both, on two axes: silence both.
+        role = "consumer" if "consumer" in roles else "producer" if "producer" in roles else "companion"
+        zero = role == "consumer" or ("producer" in roles and silence_producers)
+        slices.append(Slice(name, position, axis.size, indices, role, zero))  # type: ignore[arg-type]
+    return tuple(slices)
+
+
+def size_of(axis: Axis, variables: dict[int, Polynomial]) -> Polynomial:
+    """Size of an axis as a polynomial in the kept counts of structures."""
+    axis = find(axis)
+    if axis.form == "atom":
+        return variables.get(id(axis), Polynomial.constant(axis.size))
+    result = size_of(axis.parts[0], variables)
+    for part in axis.parts[1:]:
+        other = size_of(part, variables)
+        result = result * other if axis.form == "product" else result + other
+    return result
+
+
+def _sizes(trace: Trace, family: Family, variables: dict[int, Polynomial]) -> tuple[Polynomial, ...]:
+    """All sizes around this atom: the axes that contain it, their parts, and runs of neighbouring factors."""
+    found: dict[Polynomial, None] = {}
+
+    def visit(axis: Axis) -> None:
+        axis = find(axis)
+        if not any(atom is family.atom for atom in atoms(axis)):
+            return
+        if axis.form == "product":
+            factors = flat(axis, "product")
+            for start in range(len(factors)):
+                run = Polynomial.constant(1)
+                for factor in factors[start:]:
+                    run = run * size_of(factor, variables)
+                    found.setdefault(run)
+        found.setdefault(size_of(axis, variables))
+        for part in axis.parts:
+            visit(part)
+
+    for axis in _axes_of(trace, family):
+        visit(axis)
+    own = variables[id(family.atom)].variables
+    return tuple(p for p in found if p.variables & own)

@@ -1,0 +1,10 @@
+"""What each operation does to the dimensions of its tensors: one small function per family of ATen operations.
+
+A rule gets the trace and the call and returns the dimensions of every output tensor. It may unify, mark and pin axes on the way. It
+raises `NoRule` for a use it does not cover; then, as for an operation without a rule, every axis of the inputs is pinned.
+"""
+
+from lightning_compress.discovery.rules import contraction, elementwise, indexing, normalization, reduction, shape
+from lightning_compress.discovery.rules.registry import RULES, Call, NoRule, rule_for
+
+__all__ = ["RULES", "Call", "NoRule", "contraction", "elementwise", "indexing", "normalization", "reduction", "rule_for", "shape"]

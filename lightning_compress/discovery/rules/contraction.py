@@ -1,0 +1,141 @@
+"""Matrix products and convolutions: where units are made, where they are read, and where the multiply-accumulates are."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from lightning_compress.discovery import axes
+from lightning_compress.discovery.axes import Axis
+from lightning_compress.discovery.rules.registry import Call, Dims, NoRule, rule
+
+
+def contract(trace, left: Tensor, right: Tensor, left_dims: Dims, right_dims: Dims) -> Dims:  # type: ignore[no-untyped-def]
+    """(..., m, k) x (..., k, n) -> (..., m, n): unify k and the batch dimensions, note roles, count the cost."""
+    k = left_dims[-1] if left_dims[-1] is not None else right_dims[-2]
+    m, n = left_dims[-2], right_dims[-1]
+    axes.unify(left_dims[-1], right_dims[-2])
+    batch: Dims = []
+    for a, b in zip(left_dims[:-2], right_dims[:-2], strict=True):
+        axes.unify(a, b)
+        batch.append(a if a is not None else b)
+    weights = [t for t in (left, right) if trace.sources(t)]
+    if not weights:  # two activations: attention scores or mixing
+        axes.mark(k, "contracted")
+        axes.mark(m, "free")
+        axes.mark(n, "free")
+        for axis in batch:
+            axes.mark(axis, "batched")
+    else:
+        trace.note(left, k, "consumer")
+        trace.note(left, m, "producer")
+        # Of two weights multiplied with each other (low-rank factors) the left one reads what the right one makes.
+        trace.note(right, k, "producer" if len(weights) == 2 else "consumer")
+        trace.note(right, n, "producer")
+        for axis in batch:
+            for weight in weights:
+                trace.note(weight, axis, "producer")
+    if len(weights) < 2:
+        trace.count([*batch, m, k, n], weight=bool(weights))
+    return [*batch, m, n]
+
+
+@rule("mm", "addmm", "bmm", "baddbmm", "linear", "mv", "addmv", "dot", "vdot")
+def matmul(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
+    """Products of vectors, matrices and batches of matrices, with an optional addend."""
+    name = call.name.removesuffix("_")
+    if name == "linear":
+        left, right, bias = call["input"], call["weight"], call.named.get("bias")
+        left_dims, right_dims = trace.dims(left), trace.dims(right)[::-1]
+        right_dims = [*[None] * (len(left_dims) - 2), *right_dims]
+        if len(left_dims) < 2:
+            raise NoRule
+    else:
+        bias = call["self"] if name.startswith(("addm", "baddbmm")) else None
+        left, right = call.inputs[-2:]
+        left_dims, right_dims = trace.dims(left), trace.dims(right)
+    vector_left, vector_right = name in ("dot", "vdot"), name in ("dot", "vdot", "mv", "addmv")
+    if vector_left:
+        left_dims = [None, *left_dims]
+    if vector_right:
+        right_dims = [*right_dims, None]
+    result = contract(trace, left, right, left_dims, right_dims)
+    if vector_right:
+        result.pop()
+    if vector_left:
+        result.pop()
+    if isinstance(bias, Tensor):
+        for b, axis in zip(trace.dims(bias)[::-1], result[::-1], strict=False):
+            axes.unify(b, axis)
+            trace.note(bias, b, "producer")
+    return [result]
+
+
+@rule("convolution", "_convolution", "mkldnn_convolution", "convolution_overrideable", "cudnn_convolution")
+def convolution(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
+    """Convolutions of one to three dimensions: plain, grouped, depthwise and transposed."""
+    source, weight, bias = call["input"], call["weight"], call.named.get("bias")
+    transposed, groups = bool(call.get("transposed", False)), int(call.get("groups", 1))
+    x, w = trace.dims(source), trace.dims(weight)
+    output = call.outputs[0]
+    if source.dim() != output.dim() or source.dim() != weight.dim():
+        raise NoRule
+    for axis in w[2:]:
+        axes.pin(axis, "it is the extent of a convolution kernel")
+    for axis in x[2:]:
+        axes.pin(axis, "it is a spatial dimension")
+    channels_in, channels_out = source.shape[1], output.shape[1]
+    made: Axis | None
+    if groups == 1:
+        reads, made = (w[0], w[1]) if transposed else (w[1], w[0])
+        axes.unify(x[1], reads)
+        trace.note(weight, reads, "consumer")
+        trace.note(weight, made, "producer")
+        axes.mark(reads, "convolved")
+        axes.mark(made, "convolved")
+        count: list[Axis | None] = [reads, made]
+    elif groups == channels_in == channels_out:
+        made = w[0]
+        axes.unify(x[1], made)  # depthwise: each channel has a filter of its own, which travels along
+        axes.mark(made, "convolved")
+        count = [made]
+    else:
+        made, count = _grouped(trace, weight, x, w, groups, transposed, channels_in, channels_out)
+    if isinstance(bias, Tensor):
+        axes.unify(trace.dims(bias)[0], made)
+        trace.note(bias, made, "producer")
+    spatial = source.shape[2:] if transposed else output.shape[2:]
+    trace.count([x[0], *count], weight=True, factor=math.prod(weight.shape[2:]) * math.prod(spatial))
+    return [[x[0], made, *trace.pinned(output, "it is a spatial dimension")[2:]]]
+
+
+def _grouped(  # type: ignore[no-untyped-def]
+    trace, weight: Tensor, x: Dims, w: Dims, groups: int, transposed: bool, channels_in: int, channels_out: int
+) -> tuple[Axis | None, list[Axis | None]]:
+    """Channels are (groups, channels of a group); the groups stay, channels inside them may go in all groups alike."""
+    reason = f"it counts the {groups} groups of a convolution"
+
+    def by_group(axis: Axis | None, channels: int) -> tuple[Axis | None, Axis | None]:
+        if axis is None or channels == groups:
+            return axis, None
+        outer, inner = axes.split(axis, [groups, channels // groups])
+        return outer, inner
+
+    group_in, inner_in = by_group(x[1], channels_in)
+    if transposed:  # weight: (in, out / groups, ...)
+        group_w, inner_w = by_group(w[0], channels_in)
+        axes.unify(inner_in, inner_w)
+        inner_out = w[1]
+        made = axes.product([group_w, inner_out])
+    else:  # weight: (out, in / groups, ...)
+        group_w, inner_out = by_group(w[0], channels_out)
+        axes.unify(inner_in, w[1])
+        made = w[0]
+    axes.unify(group_in, group_w)
+    axes.pin(group_w, reason)
+    trace.note(weight, inner_in, "consumer")
+    trace.note(weight, inner_out, "producer")
+    axes.mark(inner_in, "convolved")
+    axes.mark(inner_out, "convolved")
+    return made, [group_w, inner_in, inner_out]

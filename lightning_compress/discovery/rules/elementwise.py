@@ -1,0 +1,31 @@
+"""Operations that act on every element by itself, and factories of new tensors."""
+
+from __future__ import annotations
+
+from lightning_compress.discovery.axes import Axis
+from lightning_compress.discovery.rules.registry import Call, Dims, rule
+
+# Operations whose tag does not say that they are pointwise.
+ELEMENTWISE = (
+    "elementwise clone _to_copy to alias detach contiguous masked_fill where copy fill zero lift_fresh lift_fresh_copy zeros_like "
+    "ones_like full_like empty_like rand_like randn_like native_dropout dropout bernoulli uniform normal gelu silu _conj view_as_real "
+    "nan_to_num _unsafe_masked_fill"
+).split()
+
+
+@rule(*ELEMENTWISE)
+def elementwise(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
+    """Inputs are broadcast together: axes at the same place are the same axis."""
+    if call.name == "view_as_real":  # a new last dimension of real and imaginary part
+        return [[*trace.dims(call.inputs[0]), Axis(2, ["it holds real and imaginary parts"])]]
+    if not call.inputs:
+        return [trace.pinned(output, "it is made of constants") for output in call.outputs]
+    if call.name in ("add", "add_", "sub", "sub_"):
+        trace.note_bias(call.inputs)
+    return [trace.broadcast(call.inputs, output.shape) for output in call.outputs]
+
+
+@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor", "empty_strided", "new_empty_strided")
+def uniform_factory(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
+    """All positions of a constant tensor are alike, so its axes are free: initial states of recurrent networks, masks of ones."""
+    return [trace.fresh(output) for output in call.outputs]

@@ -1,0 +1,105 @@
+"""Look-ups, gathers and scatters: indexed dimensions stay whole, the others pass through."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_compress.discovery import axes
+from lightning_compress.discovery.rules.registry import Call, Dims, NoRule, rule
+
+REASON = "its positions are looked up by index"
+
+
+@rule("embedding")
+def embedding(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
+    """Rows of a table; the row axis stays, the width is made here."""
+    table, index = call["weight"], call["indices"]
+    rows, width = trace.dims(table)
+    axes.pin(rows, REASON)
+    trace.note(table, width, "producer")
+    return [[*trace.dims(index), width]]
+
+
+@rule("index")
+def index(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
+    """x[i, j, ...] with integer tensors."""
+    dims = trace.dims(call.inputs[0])
+    given = [*call["indices"], *[None] * (len(dims) - len(call["indices"]))]
+    if any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in given):
+        raise NoRule
+    places = [position for position, i in enumerate(given) if i is not None]
+    tensors = [given[position] for position in places]
+    for position in places:
+        axes.pin(dims[position], REASON)
+    looked_up = trace.broadcast(tensors, torch.broadcast_shapes(*[t.shape for t in tensors]))
+    if places == list(range(places[0], places[-1] + 1)):
+        return [[*dims[: places[0]], *looked_up, *dims[places[-1] + 1 :]]]
+    return [[*looked_up, *[axis for position, axis in enumerate(dims) if position not in places]]]
+
+
+@rule("index_select")
+def index_select(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
+    """Rows of one dimension."""
+    dims, dim = trace.dims(call.inputs[0]), call.dim()
+    axes.pin(dims[dim], REASON)
+    chosen = trace.dims(call["index"])
+    dims[dim] = chosen[0] if chosen else None
+    return [dims]
+
+
+@rule("index_add")
+def index_add(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
+    """Add rows at indexed places of one dimension."""
+    dims, dim = trace.dims(call.inputs[0]), call.dim()
+    source = trace.dims(call["source"])
+    for i, (axis, other) in enumerate(zip(dims, source, strict=True)):
+        if i == dim:
+            axes.pin(axis, REASON)
+            axes.pin(other, REASON)
+        else:
+            axes.unify(axis, other)
+    return [[axis if axis is not None or i == dim else source[i] for i, axis in enumerate(dims)]]
+
+
+@rule("index_put", "_index_put_impl", "_unsafe_index_put")
+def index_put(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
+    """Write values at indexed places of the leading dimensions."""
+    dims = trace.dims(call.inputs[0])
+    given, values = call["indices"], trace.dims(call["values"])
+    places = [position for position, i in enumerate(given) if i is not None]
+    if places != list(range(len(places))) or any(given[p].dtype in (torch.bool, torch.uint8) for p in places):
+        raise NoRule
+    for position in places:
+        axes.pin(dims[position], REASON)
+    rest = dims[len(places) :]
+    for axis, other in zip(rest[::-1], values[::-1], strict=False):
+        axes.unify(axis, other)
+    for other in values[: max(0, len(values) - len(rest))]:
+        axes.pin(other, REASON)
+    return [dims]
+
+
+@rule("gather")
+def gather(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
+    """Look up along one dimension, at a place of its own for every position of the others."""
+    source, places = call["self"], call["index"]
+    dims, indexed, dim = trace.dims(source), trace.dims(places), call.dim()
+    result: Dims = []
+    for i, axis in enumerate(dims):
+        if i == dim or source.shape[i] != places.shape[i]:
+            axes.pin(axis, REASON)
+            result.append(indexed[i])
+        else:
+            axes.unify(axis, indexed[i])
+            result.append(axis if axis is not None else indexed[i])
+    return [result]
+
+
+@rule("nll_loss_forward", "nll_loss", "nll_loss2d_forward", "one_hot")
+def class_loss(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
+    """Classes are looked up by their labels."""
+    for tensor in call.inputs:
+        for axis in trace.dims(tensor):
+            axes.pin(axis, REASON)
+    return [trace.pinned(output, REASON) for output in call.outputs]

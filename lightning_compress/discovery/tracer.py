@@ -1,0 +1,294 @@
+"""One forward pass of the user's model, watched operation by operation.
+
+The mode sees every ATen call with real tensors, so it follows the branch that the model really takes. Compound operations (linear,
+einsum, attention) decompose by themselves below it; fused kernels that would not are switched off for the pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_compress.discovery import axes
+from lightning_compress.discovery.axes import PLACE, Axis, AxisMismatch, find
+from lightning_compress.discovery.rules import Call, NoRule, rule_for
+from lightning_compress.discovery.rules.registry import Dims
+
+# An input that is not a tensor of the model: its axes belong to the caller.
+INPUT = "it is a dimension of the model's input"
+OUTPUT = "it is returned by the model"
+OUTSIDE = "it comes from a tensor made outside the traced operations"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter or buffer of the traced model and the axes of its dimensions."""
+
+    name: str
+    tensor: Tensor
+    dims: tuple[Axis | None, ...]
+    is_parameter: bool
+
+
+@dataclass(frozen=True)
+class Note:
+    """An operation used ``axis`` of the parameter or buffer ``name`` in this role."""
+
+    name: str
+    axis: Axis
+    role: str
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A product that costs factor * (product of the sizes of axes) multiply-accumulates."""
+
+    axes: tuple[Axis, ...]
+    factor: int
+    weight: bool
+
+
+class Trace(TorchDispatchMode):
+    """Axes of every tensor of one forward pass; see the module docstring.
+
+    Attributes:
+        members: parameters and buffers by name; a shared tensor under its first name only.
+        notes: roles in which operations used weights.
+        contractions: every matrix product and convolution with an activation.
+        unknown: operations without a rule -> modules where they happened.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.members: dict[str, Member] = {}
+        self.notes: list[Note] = []
+        self.contractions: list[Contraction] = []
+        self.unknown: dict[str, set[str]] = {}
+        self.modules: list[str] = []
+        self._dims: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._sources: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._active: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._storages: dict[tuple[int, tuple[int, ...]], Member] = {}
+        named = [(True, *item) for item in model.named_parameters()] + [(False, *item) for item in model.named_buffers()]
+        for is_parameter, name, tensor in named:
+            # A floating-point buffer (running statistics, rotary frequencies) may be sliced along; other buffers are indices or masks.
+            free = is_parameter or tensor.is_floating_point()
+            reasons = () if free else (f"it is a dimension of the buffer {name}",)
+            dims = tuple(None if size == 1 else Axis(size, reasons) for size in tensor.shape)
+            member = Member(name, tensor, dims, is_parameter)
+            self.members[name] = member
+            self._dims[tensor] = list(dims)
+            self._sources[tensor] = frozenset([name])
+            if tensor.numel():
+                self._storages[(tensor.untyped_storage().data_ptr(), tuple(tensor.shape))] = member
+        for tensor in inputs:
+            self._dims[tensor] = self.pinned(tensor, INPUT)
+            self._active[tensor] = True
+
+    # -- what rules ask for ---------------------------------------------------------------------------------------------------------
+
+    def dims(self, tensor: Tensor) -> Dims:
+        """Axes of a tensor's dimensions, None for those of size 1; a new list."""
+        known = self._dims.get(tensor)
+        if known is None:
+            # ``.data`` of a parameter is a new tensor on its storage that no operation announces.
+            member = self._storages.get((tensor.untyped_storage().data_ptr(), tuple(tensor.shape))) if tensor.numel() else None
+            if member is not None and tensor.is_contiguous():
+                known = list(member.dims)
+                self._sources[tensor] = frozenset([member.name])
+            else:
+                known = self.pinned(tensor, OUTSIDE)
+            self._dims[tensor] = known
+        return list(known)
+
+    def sources(self, tensor: Tensor) -> frozenset[str]:
+        """Names of the parameters and buffers that alone determine this tensor; empty for an activation or a constant."""
+        self.dims(tensor)
+        return self._sources.get(tensor, frozenset())  # type: ignore[no-any-return]
+
+    def note(self, tensor: Tensor, axis: Axis | None, role: str) -> None:
+        """State that the weight behind ``tensor`` uses ``axis`` in this role; nothing for an activation."""
+        if axis is not None:
+            self.notes.extend(Note(name, axis, role) for name in self.sources(tensor))
+
+    def note_bias(self, tensors: Sequence[Tensor]) -> None:
+        """A weight added to an activation helps to make its axes."""
+        for tensor in tensors:
+            if self.sources(tensor):
+                for axis in self.dims(tensor):
+                    self.note(tensor, axis, "producer")
+
+    def count(self, factors: Sequence[Axis | None], weight: bool, factor: int = 1) -> None:
+        """Count the multiply-accumulates of one contraction."""
+        self.contractions.append(Contraction(tuple(axis for axis in factors if axis is not None), factor, weight))
+
+    def broadcast(self, tensors: Sequence[Tensor], shape: Sequence[int]) -> Dims:
+        """Axes of tensors broadcast to ``shape``: those that meet are the same."""
+        result: Dims = [None] * len(shape)
+        for tensor in tensors:
+            dims = self.dims(tensor)
+            for i, axis in enumerate(dims, start=len(shape) - len(dims)):
+                if result[i] is None:
+                    result[i] = axis
+                elif axis is not None and axis is not result[i]:
+                    axes.unify(result[i], axis)
+        return result
+
+    def fresh(self, tensor: Tensor) -> Dims:
+        """New free axes."""
+        return [None if size == 1 else Axis(size) for size in tensor.shape]
+
+    def pinned(self, tensor: Tensor, reason: str) -> Dims:
+        """New axes that stay whole."""
+        return [None if size == 1 else Axis(size, (reason,)) for size in tensor.shape]
+
+    # -- the mode ---------------------------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        call = Call(func, args, kwargs, func(*args, **kwargs))
+        where = f" in {self.modules[-1]}" if self.modules and self.modules[-1] else ""
+        token = PLACE.set(f" ({call.name}{where})")
+        try:
+            self._watch(call)
+        finally:
+            PLACE.reset(token)
+        return call.result
+
+    def _watch(self, call: Call) -> None:
+        aliases = {id(tensor) for tensor in call.inputs}
+        try:
+            rule = rule_for(call)
+            if rule is None:
+                raise NoRule
+            results = rule(self, call)
+            self._check(call, results)
+            for output, dims in zip(call.outputs, results, strict=True):
+                if id(output) in aliases:  # written in place: it is what it was, and what was written
+                    for before, after in zip(self.dims(output), dims, strict=True):
+                        if before is not after:
+                            axes.unify(before, after)
+                else:
+                    self._dims[output] = [None if axis is None or axis.size == 1 else axis for axis in dims]
+        except (NoRule, AxisMismatch, RecursionError) as error:
+            if isinstance(error, NoRule):
+                self.unknown.setdefault(call.name, set()).add(self.modules[-1] if self.modules else "")
+                reason = f"it passes through {call.name}, which has no rule"
+            else:
+                reason = f"it could not be followed through {call.name}"
+            for tensor in call.inputs:
+                for axis in self.dims(tensor):
+                    axes.pin(axis, reason)
+            for output in call.outputs:
+                if id(output) not in aliases:
+                    self._dims[output] = self.pinned(output, reason)
+        self._propagate(call, aliases)
+
+    def _check(self, call: Call, results: list[Dims]) -> None:
+        """Our own invariant: a rule describes every output, and sizes agree."""
+        if len(results) != len(call.outputs):
+            raise AxisMismatch("number of outputs")
+        for output, dims in zip(call.outputs, results, strict=True):
+            if tuple(1 if axis is None else axis.size for axis in dims) != tuple(output.shape):
+                raise AxisMismatch("sizes of an output")
+
+    def _propagate(self, call: Call, aliases: set[int]) -> None:
+        active = any(tensor in self._active for tensor in call.inputs)
+        sources: frozenset[str] = frozenset()
+        if not active:
+            sources = frozenset().union(*(self.sources(tensor) for tensor in call.inputs))
+        for output in call.outputs:
+            if active:
+                self._active[output] = True
+                if id(output) in aliases and output in self._sources and not any(output is m.tensor for m in self.members.values()):
+                    del self._sources[output]
+            elif sources and id(output) not in aliases:
+                self._sources[output] = sources
+
+
+def output_tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """All tensors inside nested outputs: mappings, sequences, dataclasses and plain objects."""
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if value is None or isinstance(value, (str, bytes, int, float, complex, nn.Module)) or id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        children: list[Any] = list(value.values())
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        children = list(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        children = [getattr(value, f.name) for f in fields(value)]
+    else:
+        children = list(getattr(value, "__dict__", {}).values())
+    for child in children:
+        yield from output_tensors(child, seen)
+
+
+@contextlib.contextmanager
+def decomposed() -> Iterator[None]:
+    """Switch off fused kernels that would hide their dimensions, for the duration of the pass."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, with every module's own training flag restored afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextlib.contextmanager
+def module_paths(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep the path of the module that is being called on top of ``stack``."""
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: stack.append(name)))
+        handles.append(module.register_forward_hook(lambda _m, _a, _o: stack.pop() and None, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def trace(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Trace:
+    """Run ``model(*args, **kwargs)`` once in evaluation mode and return what was seen; the model is left as it was."""
+    kwargs = dict(kwargs or {})
+    watched = Trace(model, list(output_tensors((args, kwargs))))
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), evaluation(model), module_paths(model, watched.modules):
+        with torch.no_grad(), decomposed(), torch.autocast("cpu", enabled=False), watched:
+            outputs = model(*args, **kwargs)
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    for tensor in output_tensors(outputs):
+        for axis in watched.dims(tensor):
+            axes.pin(axis, OUTPUT)
+    return watched
+
+
+__all__ = ["Contraction", "Member", "Note", "Trace", "decomposed", "evaluation", "find", "output_tensors", "trace"]
