@@ -167,9 +167,12 @@ class Trace(TorchDispatchMode):
         aliases = {id(tensor) for tensor in call.inputs}
         try:
             rule = rule_for(call)
-            if rule is None:
+            if rule is not None:
+                results = rule(self, call)
+            elif not call.inputs:
+                results = [self.pinned(output, "it is made of constants") for output in call.outputs]
+            else:
                 raise NoRule
-            results = rule(self, call)
             self._check(call, results)
             for output, dims in zip(call.outputs, results, strict=True):
                 if id(output) in aliases:  # written in place: it is what it was, and what was written
@@ -263,9 +266,13 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 def module_paths(model: nn.Module, stack: list[str]) -> Iterator[None]:
     """Keep the path of the module that is being called on top of ``stack``."""
     handles = []
+
+    def leave(*_: Any) -> None:  # a hook that returned something would replace the module's output
+        stack.pop()
+
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: stack.append(name)))
-        handles.append(module.register_forward_hook(lambda _m, _a, _o: stack.pop() and None, always_call=True))
+        handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield
     finally:

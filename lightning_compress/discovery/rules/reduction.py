@@ -34,6 +34,7 @@ def reduce(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     for i in over:
         if dims:
             axes.pin(dims[i], f"it is reduced over by {call.name}")
+            axes.mark(dims[i], "normalised")
     keep = call.outputs[0].dim() == len(dims) and len(dims) > 0
     return [_reduced(dims, over, keep) for _ in call.outputs]
 

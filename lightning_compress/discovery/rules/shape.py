@@ -115,10 +115,10 @@ def slice_(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     axis = dims[dim]
     if length == size:
         return [dims]
-    if length == 0 or axis is None:
-        axes.pin(axis, "an empty slice of it is taken")
-        dims[dim] = None if length == 1 else Axis(length, ["it is an empty slice"])
+    if length == 0:  # nothing of it is read: rotary code takes such slices where all of a head rotates
+        dims[dim] = Axis(0, ["it is an empty slice"])
         return [dims]
+    assert axis is not None
     if step == 1:
         return [_cut(dims, dim, start, start + length)]
     if size % step == 0 and length == size // step:
