@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import plan_format
-from lightning_compress.structures import Slice, Structure, Structures
+from lightning_compress.structures import Slice, Structure, Structures, named_tensors
 
 Axis = tuple[str, int]
 
@@ -84,7 +84,7 @@ class PruningPlan:
             if name not in names:
                 hint = _hint(name, names)
                 raise ValueError(f"Expected kept units of structures among {names}, but got {name!r}.{hint}")
-        tensors = _tensors(model)
+        tensors = named_tensors(model)
         shapes: dict[str, tuple[int, ...]] = {}
         for structure in structures:
             for parameter in structure.parameters:
@@ -144,7 +144,7 @@ class PruningPlan:
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless every parameter of the plan has its original shape in ``model``; changes nothing."""
-        tensors = _tensors(model)
+        tensors = named_tensors(model)
         new_shapes = self.new_shapes()
         owners = {p: s.name for s in self.structures for p in s.parameters}
         for parameter in self.shapes:
@@ -346,12 +346,6 @@ def _check_slice(structure: Structure, piece: Slice, shapes: Mapping[str, tuple[
         raise ValueError(f"Expected positions of {where} to lie in [0, {piece.size}), but got {low} to {high}.")
     if int(torch.bincount(table.reshape(-1), minlength=1).max()) > 1:
         raise ValueError(f"Expected each position of {where} to belong to one unit, but some belong to two.")
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors.update(model.named_buffers(remove_duplicate=False))
-    return tensors
 
 
 def _missing(parameter: str, structure: str, tensors: Mapping[str, Tensor]) -> str:

@@ -5,10 +5,10 @@
      "structures": [{"name": ..., "kind": ..., "units": ..., "tier": ..., "kept": [[0, 40], 43, [50, 64, 2]],
                      "sizes": [...], "slices": [...], "edits": [...]}, ...]}
 
-Integer sequences are lists of *ranges*: an integer is itself, ``[start, stop]`` and ``[start, stop, step]`` are those of
-Python's ``range``. A table of positions is ``{"stride": s, "pattern": ranges}`` where unit u owns u * s + pattern (nearly
-always the case: whole heads, head dims, packed projections), otherwise ``{"rows": [ranges, ...]}``. A polynomial is a
-list of ``[coefficient, [variable, ...]]``.
+Integer sequences are lists of *ranges*: an integer is itself, ``[start, stop]`` and ``[start, stop, step]`` are those
+of Python's ``range``. A table of positions is ``{"stride": s, "pattern": ranges}`` where unit u owns u * s + pattern
+(nearly always the case: whole heads, head dims, packed projections), otherwise ``{"rows": [ranges, ...]}``. A
+polynomial is a list of ``[coefficient, [variable, ...]]``.
 """
 
 from __future__ import annotations

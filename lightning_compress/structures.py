@@ -1,9 +1,9 @@
 """The one noun of this library: a structure, a family of interchangeable units that live or die together.
 
-    Slice(parameter, axis, indices)    where the units live in one parameter or buffer: an explicit table
-    Structure(name, kind, slices)      every place where the units live
-    Structures                         what discovery returns: a list of them, with the exact cost of the model as a function of
-                                       their kept counts, and what was pinned and why
+Slice(parameter, axis, indices)    where the units live in one parameter or buffer: an explicit table
+Structure(name, kind, slices)      every place where the units live
+Structures                         what discovery returns: a list of them, with the exact cost of the model as a function of
+                                   their kept counts, and what was pinned and why
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_compress.polynomials import Polynomial
 
@@ -248,3 +248,10 @@ def check_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
     if not kinds:
         raise ValueError(f"Expected at least one kind among {KINDS}, but got none.")
     return kinds
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of ``model`` by dotted name; a shared tensor under each of its names."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    return tensors
