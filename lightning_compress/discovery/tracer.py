@@ -25,6 +25,9 @@ from lightning_compress.discovery.rules.registry import Dims
 # An input that is not a tensor of the model: its axes belong to the caller.
 INPUT = "it is a dimension of the model's input"
 OUTPUT = "it is returned by the model"
+# In-place operations that change the dimensions of one tensor object, not its elements.
+INPLACE_VIEWS = frozenset({"squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_"})
+
 OUTSIDE = "it comes from a tensor made outside the traced operations"
 
 
@@ -175,7 +178,7 @@ class Trace(TorchDispatchMode):
                 raise NoRule
             self._check(call, results)
             for output, dims in zip(call.outputs, results, strict=True):
-                if id(output) in aliases:  # written in place: it is what it was, and what was written
+                if id(output) in aliases and call.name not in INPLACE_VIEWS:  # written in place: it is what it was, and what was written
                     for before, after in zip(self.dims(output), dims, strict=True):
                         if before is not after:
                             axes.unify(before, after)
@@ -271,6 +274,8 @@ def module_paths(model: nn.Module, stack: list[str]) -> Iterator[None]:
         stack.pop()
 
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # takes no hooks; its operations are watched all the same
         handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: stack.append(name)))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:

@@ -27,8 +27,6 @@ def t(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
 @rule("transpose")
 def transpose(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     """Swap two dimensions."""
-    if call.name != "transpose":
-        raise NoRule  # in place: the dimensions of every alias would change
     dims = trace.dims(call.inputs[0])
     first, second = call.dim("dim0"), call.dim("dim1")
     dims[first], dims[second] = dims[second], dims[first]
@@ -45,8 +43,6 @@ def permute(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
 @rule("unsqueeze")
 def unsqueeze(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     """Insert a dimension of size 1."""
-    if call.name != "unsqueeze":
-        raise NoRule
     dims = trace.dims(call.inputs[0])
     position = call.dim(rank=len(dims) + 1)
     return [[*dims[:position], None, *dims[position:]]]
@@ -55,11 +51,9 @@ def unsqueeze(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
 @rule("squeeze")
 def squeeze(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     """Drop dimensions of size 1."""
-    if call.name != "squeeze":
-        raise NoRule
-    source = call.inputs[0]
-    drop = {i for i in call.dims() if source.shape[i] == 1}
-    return [[axis for i, axis in enumerate(trace.dims(source)) if i not in drop]]
+    dims = trace.dims(call.inputs[0])
+    drop = {i for i in call.dims(rank=len(dims)) if dims[i] is None}
+    return [[axis for i, axis in enumerate(dims) if i not in drop]]
 
 
 @rule("expand")
@@ -193,6 +187,17 @@ def stack(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     dims = trace.broadcast(tensors, tensors[0].shape)
     new = None if len(tensors) == 1 else Axis(len(tensors), ["it is made by stacking tensors"])
     return [[*dims[:dim], new, *dims[dim:]]]
+
+
+@rule("glu")
+def glu(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
+    """a * sigmoid(b) for the halves a, b of a dimension: both make the unit."""
+    source = call.inputs[0]
+    dims, dim = trace.dims(source), call.dim()
+    half = source.shape[dim] // 2
+    first, second = _cut(dims, dim, 0, half), _cut(dims, dim, half, 2 * half)
+    axes.unify(first[dim], second[dim])
+    return [first]
 
 
 @rule("unfold")
