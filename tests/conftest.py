@@ -1,6 +1,9 @@
 """Set-up that every test shares: one thread, a fixed seed, no network; and what the markers `gpu` and `data` mean."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -27,3 +30,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def cli_callbacks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """``cli_callbacks(path, ...)``: the callbacks that a LightningCLI puts into its Trainer for these files."""
+    monkeypatch.setattr("sys.argv", ["train.py"])  # LightningCLI warns of arguments there beside those it is given
+
+    def instantiate(*configs: Path) -> list[Any]:
+        from lightning.pytorch.cli import LightningCLI
+        from lightning.pytorch.demos.boring_classes import BoringModel
+
+        def callbacks(*arguments: str) -> list[Any]:
+            quiet = {
+                "accelerator": "cpu",
+                "logger": False,
+                "enable_checkpointing": False,
+                "enable_model_summary": False,
+            }
+            cli = LightningCLI(
+                BoringModel,
+                run=False,
+                save_config_callback=None,
+                seed_everything_default=False,
+                trainer_defaults=quiet,
+                args=list(arguments),
+            )
+            return list(cli.trainer.callbacks)
+
+        own = len(callbacks())  # the progress bar
+        return callbacks(*(f"--config={path}" for path in configs))[: -own or None]
+
+    return instantiate
