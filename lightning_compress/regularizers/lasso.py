@@ -44,7 +44,7 @@ def group_lasso_factors(norms: Tensor, step: float, weights: Tensor | None = Non
 
     For a group with values v, :math:`f_g v` minimises :math:`\tfrac12 \lVert x - v \rVert^2 + \text{step} \cdot w_g
     \lVert x \rVert`: its norm falls by ``step * w_g`` and stops at exactly 0. A group that is zero already has factor
-    0. A NaN norm gives a NaN factor.
+    0. A norm that is not finite gives a NaN factor.
 
     Args:
         norms: group norms, shape ``(groups,)``.
@@ -70,8 +70,11 @@ def group_lasso_factors(norms: Tensor, step: float, weights: Tensor | None = Non
 
 
 def shrinking_factors(norms: Tensor, shrinkage: Tensor | float) -> Tensor:
-    """max(0, 1 - shrinkage / norms), with 0 for a zero group and NaN passed on."""
-    return (1.0 - shrinkage / norms).clamp(min=0.0).masked_fill(norms == 0, 0.0)
+    """max(0, norms - shrinkage) / norms, with 0 for a zero group and NaN passed on.
+
+    Written without shrinkage / norms: that is infinite for a tiny norm, and NaN where the shrinkage is 0 as well.
+    """
+    return ((norms - shrinkage).clamp(min=0.0) / norms).masked_fill(norms == 0, 0.0)
 
 
 def trimmed_group_lasso(norms: Tensor, protected: Tensor, weights: Tensor | None = None) -> Tensor:
