@@ -1,0 +1,254 @@
+"""The search behind the budget: how many units of each structure go, so that a cost polynomial meets a bound.
+
+Inside a structure the order is given: units with smaller scores go first, in steps of whole multiples. What is searched
+is how far down its *ladder* of steps each structure goes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lightning_compress.polynomials import Polynomial
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The removal steps of one structure.
+
+    Args:
+        name: name of the structure, its variable in the cost polynomial.
+        kind: its kind.
+        units: its number of units.
+        order: unit numbers by increasing score, shape (units,); ties by unit number.
+        sizes: units that go with each step; the first may be smaller, so that what stays is a multiple.
+        losses: sum of the scores of the units of each step.
+        left: units left after 0, 1, 2, ... steps.
+    """
+
+    name: str
+    kind: str
+    units: int
+    order: Tensor
+    sizes: tuple[int, ...]
+    losses: tuple[float, ...]
+    left: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, kind: str, scores: Tensor, multiple: int, floor: int) -> Ladder:
+        """Steps that keep at least ``floor`` units, and multiples of ``multiple`` once anything goes."""
+        units = scores.numel()
+        order = torch.argsort(scores, stable=True)
+        left = [units, *range((units - 1) // multiple * multiple, floor - 1, -multiple)] if floor < units else [units]
+        sizes = tuple(a - b for a, b in pairwise(left))
+        # sums of the smallest scores; the loss of a step is the difference of two of them
+        sums = [0.0, *torch.cumsum(scores[order], 0).tolist()]
+        losses = tuple(sums[units - b] - sums[units - a] for a, b in pairwise(left))
+        return cls(name, kind, units, order, sizes, losses, tuple(left))
+
+    def kept_mask(self, steps: int) -> Tensor:
+        """Bool of shape (units,): what stays after the first ``steps`` steps."""
+        mask = torch.ones(self.units, dtype=torch.bool)
+        mask[self.order[: self.units - self.left[steps]]] = False
+        return mask
+
+
+class _State:
+    """How far each ladder has been gone down, and what the counts that are left cost."""
+
+    def __init__(self, ladders: Sequence[Ladder], polynomial: Polynomial) -> None:
+        self.ladders = ladders
+        self.removed = [0] * len(ladders)
+        self.counts = [float(ladder.units) for ladder in ladders]
+        number = {ladder.name: i for i, ladder in enumerate(ladders)}
+        # per structure the monomials in which it occurs: (coefficient, its power, numbers of the other variables)
+        self.terms: list[list[tuple[float, int, tuple[int, ...]]]] = [[] for _ in ladders]
+        for names, coefficient in polynomial:
+            for name in set(names):
+                others = tuple(number[other] for other in names if other != name)
+                self.terms[number[name]].append((coefficient, names.count(name), others))
+        self.cost = polynomial.evaluate({ladder.name: ladder.units for ladder in ladders})
+
+    def change(self, i: int, size: int) -> float:
+        """How much the cost falls when structure ``i`` loses ``size`` units; negative where it gains some."""
+        counts = self.counts
+        count = counts[i]
+        total = 0.0
+        for coefficient, power, others in self.terms[i]:
+            value = coefficient * (size if power == 1 else count**power - (count - size) ** power)
+            for other in others:
+                value *= counts[other]
+            total += value
+        return total
+
+    def down(self, i: int) -> None:
+        """Take the next step of structure ``i``."""
+        size = self.ladders[i].sizes[self.removed[i]]
+        self.cost -= self.change(i, size)
+        self.counts[i] -= size
+        self.removed[i] += 1
+
+    def up(self, i: int) -> None:
+        """Take back the last step of structure ``i``."""
+        self.removed[i] -= 1
+        size = self.ladders[i].sizes[self.removed[i]]
+        self.cost -= self.change(i, -size)
+        self.counts[i] += size
+
+    def loss(self) -> float:
+        """Sum of the scores of the removed units."""
+        return sum(sum(ladder.losses[:steps]) for ladder, steps in zip(self.ladders, self.removed, strict=True))
+
+    def copy(self) -> _State:
+        other = _State.__new__(_State)
+        other.__dict__.update(self.__dict__, removed=list(self.removed), counts=list(self.counts))
+        return other
+
+
+def choose_global(
+    ladders: Sequence[Ladder], polynomial: Polynomial, budget: float, tolerance: float = 0.01
+) -> list[int]:
+    """Steps to go down each ladder: smallest score per saved cost first, until the cost is at most ``budget``.
+
+    Greedy with a lazy heap. As counts fall, every remaining step saves less (coefficients are not negative), so its
+    score per saved cost only rises: a key in the heap is a lower bound, and the smallest key that is still true when
+    recomputed is the smallest of all. The last step overshoots; the best steps that fit are taken back. Where even that
+    leaves the cost more than ``tolerance`` under the budget, one more step of some structure is tried, with a refill,
+    and the best outcome is kept.
+
+    Args:
+        ladders: steps of every structure.
+        polynomial: cost in the kept counts, with coefficients that are not negative.
+        budget: bound on the cost; must be within reach of the ladders.
+        tolerance: a cost of at least (1 - tolerance) * budget is near enough.
+    """
+    state = _State(ladders, polynomial)
+    heap = [
+        (ladder.losses[0] / state.change(i, ladder.sizes[0]), i) for i, ladder in enumerate(ladders) if ladder.sizes
+    ]
+    heapq.heapify(heap)
+    while state.cost > budget:
+        key, i = heap[0]
+        ladder, step = ladders[i], state.removed[i]
+        now = ladder.losses[step] / state.change(i, ladder.sizes[step])
+        if now > key and len(heap) > 1 and now > min(heap[1:3])[0]:
+            heapq.heapreplace(heap, (now, i))
+            continue
+        state.down(i)
+        step += 1
+        if step < len(ladder.sizes):
+            heapq.heapreplace(heap, (ladder.losses[step] / state.change(i, ladder.sizes[step]), i))
+        else:
+            heapq.heappop(heap)
+    _refill(state, budget)
+    if state.cost < (1 - tolerance) * budget:
+        state = _best_neighbour(state, budget, tolerance)
+    return state.removed
+
+
+def _refill(state: _State, budget: float, without: int = -1) -> None:
+    """Take back steps, best score per cost first, as long as they fit.
+
+    Lazy as above, with the order reversed: adding units only makes other steps dearer, so a key is an upper bound, and
+    a step that does not fit now never will.
+    """
+    heap = []
+    for i, ladder in enumerate(state.ladders):
+        if state.removed[i] and i != without:
+            step = state.removed[i] - 1
+            heap.append(
+                (ladder.losses[step] / state.change(i, -ladder.sizes[step]), i)
+            )  # the change is negative: a max-heap
+    heapq.heapify(heap)
+    while heap:
+        key, i = heap[0]
+        ladder, step = state.ladders[i], state.removed[i] - 1
+        added = -state.change(i, -ladder.sizes[step])
+        if state.cost + added > budget:
+            heapq.heappop(heap)
+            continue
+        now = -ladder.losses[step] / added
+        if now > key and len(heap) > 1 and now > min(heap[1:3])[0]:
+            heapq.heapreplace(heap, (now, i))
+            continue
+        state.up(i)
+        step -= 1
+        if step >= 0:
+            heapq.heapreplace(heap, (ladder.losses[step] / state.change(i, -ladder.sizes[step]), i))
+        else:
+            heapq.heappop(heap)
+
+
+def _best_neighbour(state: _State, budget: float, tolerance: float) -> _State:
+    """The best of ``state`` and the states with one more step of one structure, refilled with others.
+
+    Among those within the tolerance the one that loses the least score; otherwise the one nearest to the budget.
+    """
+    enough = (1 - tolerance) * budget
+
+    def rank(candidate: _State) -> tuple[bool, float]:
+        near = candidate.cost >= enough
+        return not near, candidate.loss() if near else -candidate.cost
+
+    candidates = [state]
+    for i, ladder in enumerate(state.ladders):
+        if state.removed[i] < len(ladder.sizes):
+            candidate = state.copy()
+            candidate.down(i)
+            _refill(candidate, budget, without=i)
+            candidates.append(candidate)
+    return min(candidates, key=rank)
+
+
+def choose_uniform(ladders: Sequence[Ladder], polynomial: Polynomial, budget: float) -> list[int]:
+    """Steps to go down each ladder so that all structures of a kind keep the same fraction of their units.
+
+    First the largest fraction, common to all kinds, whose cost fits; then, since the kind with few units moves in large
+    steps, the fraction of each kind in turn, the one with the most units first, is raised as far as fits.
+
+    Args:
+        ladders: steps of every structure.
+        polynomial: cost in the kept counts, with coefficients that are not negative.
+        budget: bound on the cost; must be within reach of the ladders.
+    """
+    totals: dict[str, int] = {}
+    for ladder in ladders:
+        totals[ladder.kind] = totals.get(ladder.kind, 0) + ladder.units
+    kinds = sorted(totals, key=lambda kind: -totals[kind])
+
+    def steps(fractions: dict[str, float]) -> list[int]:
+        return [_steps_to(ladder, fractions[ladder.kind]) for ladder in ladders]
+
+    def fits(fractions: dict[str, float]) -> bool:
+        counts = {ladder.name: ladder.left[n] for ladder, n in zip(ladders, steps(fractions), strict=True)}
+        return polynomial.evaluate(counts) <= budget
+
+    common = _largest(lambda q: fits(dict.fromkeys(kinds, q)), 0.0)
+    fractions = dict.fromkeys(kinds, common)
+    for kind in kinds:
+        fractions[kind] = _largest(lambda q, kind=kind: fits({**fractions, kind: q}), fractions[kind])  # type: ignore[misc]
+    return steps(fractions)
+
+
+def _steps_to(ladder: Ladder, fraction: float) -> int:
+    """Fewest steps after which at most ``fraction`` of the units are left, or all steps."""
+    # a fraction such as 1/3 comes with rounding error: 4 of 12 units are a third
+    most = fraction * ladder.units * (1 + 1e-9)
+    return min(bisect_left(ladder.left, -most, key=lambda left: -left), len(ladder.sizes))
+
+
+def _largest(fits: Callable[[float], bool], low: float) -> float:
+    """Largest fraction in [low, 1] that fits, to 40 binary digits, where ``low`` fits."""
+    if fits(1.0):
+        return 1.0
+    high = 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
