@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (  # from low to high: a module imports from its own layer and from those before it
     {"regularizers", "schedules", "polynomials", "quantizers", "token_scores"},
     {"structures", "plan", "plan_format"},
-    {"discovery", "importance", "costs"},
+    {"discovery", "importance", "costs", "unit_groups"},
     {"budget", "surgery", "tokens", "quantization"},
     {"analysis", "report", "export"},
     {"callbacks"},
