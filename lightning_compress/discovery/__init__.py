@@ -18,7 +18,10 @@ from lightning_compress.structures import KINDS, Structures, check_kinds
 
 
 def trace_structures(
-    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, kinds: Sequence[str] | str | None = None
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    kinds: Sequence[str] | str | None = None,
 ) -> Structures:
     """Structures of ``model``, found by running ``model(*args, **kwargs)`` once in evaluation mode.
 

@@ -70,7 +70,9 @@ def assemble(trace: Trace, kinds: Sequence[str]) -> Structures:
 
     structures = []
     for family, name in zip(chosen, names, strict=True):
-        structures.append(Structure(name, family.kind, family.atom.size, _slices(trace, family), _sizes(trace, family, variables)))
+        structures.append(
+            Structure(name, family.kind, family.atom.size, _slices(trace, family), _sizes(trace, family, variables))
+        )
     macs = {True: Polynomial(), False: Polynomial()}
     for contraction in trace.contractions:
         cost = Polynomial.constant(contraction.factor)
@@ -91,7 +93,13 @@ def assemble(trace: Trace, kinds: Sequence[str]) -> Structures:
         activation_macs=macs[False],
         params=params,
         pinned=[
-            Pinned(name, _pinned_kind(f), f.atom.size, tuple(dict.fromkeys(p for p, _ in f.places)), tuple(sorted(f.atom.reasons)))
+            Pinned(
+                name,
+                _pinned_kind(f),
+                f.atom.size,
+                tuple(dict.fromkeys(p for p, _ in f.places)),
+                tuple(sorted(f.atom.reasons)),
+            )
             for f, name in zip(pinned, pinned_names, strict=True)
         ],
     )

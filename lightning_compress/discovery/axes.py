@@ -339,7 +339,14 @@ def select(dims: Sequence[Axis | None], dim: int, index: int) -> list[Axis | Non
 
 def _tell_apart(chosen: Axis, rest: Sequence[Axis | None]) -> bool:
     packed = chosen.origin
-    if packed is None or packed.forward is not None or chosen.forward is not None or chosen.form != "atom" or chosen.touched or chosen.reasons:
+    if (
+        packed is None
+        or packed.forward is not None
+        or chosen.forward is not None
+        or chosen.form != "atom"
+        or chosen.touched
+        or chosen.reasons
+    ):
         return False
     if packed.form != "product" or not any(part is chosen for part in packed.parts):
         return False
@@ -347,7 +354,12 @@ def _tell_apart(chosen: Axis, rest: Sequence[Axis | None]) -> bool:
     inner = packed.parts[position + 1 :]
     present = {id(axis) for axis in rest}
     pristine = all(
-        part.form == "atom" and part.forward is None and part.copies is None and not part.touched and id(part) in present for part in inner
+        part.form == "atom"
+        and part.forward is None
+        and part.copies is None
+        and not part.touched
+        and id(part) in present
+        for part in inner
     )
     if not inner or not pristine:
         return False

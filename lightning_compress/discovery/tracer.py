@@ -80,7 +80,9 @@ class Trace(TorchDispatchMode):
         self._sources: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._active: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._storages: dict[tuple[int, tuple[int, ...]], Member] = {}
-        named = [(True, *item) for item in model.named_parameters()] + [(False, *item) for item in model.named_buffers()]
+        named = [(True, *item) for item in model.named_parameters()] + [
+            (False, *item) for item in model.named_buffers()
+        ]
         for is_parameter, name, tensor in named:
             # A floating-point buffer (running statistics, rotary frequencies) may be sliced along; other buffers are indices or masks.
             free = is_parameter or tensor.is_floating_point()
@@ -103,7 +105,11 @@ class Trace(TorchDispatchMode):
         known = self._dims.get(tensor)
         if known is None:
             # ``.data`` of a parameter is a new tensor on its storage that no operation announces.
-            member = self._storages.get((tensor.untyped_storage().data_ptr(), tuple(tensor.shape))) if tensor.numel() else None
+            member = (
+                self._storages.get((tensor.untyped_storage().data_ptr(), tuple(tensor.shape)))
+                if tensor.numel()
+                else None
+            )
             if member is not None and tensor.is_contiguous():
                 known = list(member.dims)
                 self._sources[tensor] = frozenset([member.name])
@@ -178,7 +184,9 @@ class Trace(TorchDispatchMode):
                 raise NoRule
             self._check(call, results)
             for output, dims in zip(call.outputs, results, strict=True):
-                if id(output) in aliases and call.name not in INPLACE_VIEWS:  # written in place: it is what it was, and what was written
+                if (
+                    id(output) in aliases and call.name not in INPLACE_VIEWS
+                ):  # written in place: it is what it was, and what was written
                     for before, after in zip(self.dims(output), dims, strict=True):
                         if before is not after:
                             axes.unify(before, after)
@@ -214,7 +222,11 @@ class Trace(TorchDispatchMode):
         for output in call.outputs:
             if active:
                 self._active[output] = True
-                if id(output) in aliases and output in self._sources and not any(output is m.tensor for m in self.members.values()):
+                if (
+                    id(output) in aliases
+                    and output in self._sources
+                    and not any(output is m.tensor for m in self.members.values())
+                ):
                     del self._sources[output]
             elif sources and id(output) not in aliases:
                 self._sources[output] = sources
@@ -244,13 +256,16 @@ def output_tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]
 @contextlib.contextmanager
 def decomposed() -> Iterator[None]:
     """Switch off fused kernels that would hide their dimensions, for the duration of the pass."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
+    fastpath, onednn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
+    # Not mkldnn.flags(): it also sets the TF32 flag, and torch warns of that on machines without the hardware.
+    torch.backends.mkldnn.enabled = False
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch.backends.mkldnn.enabled = onednn
 
 
 @contextlib.contextmanager

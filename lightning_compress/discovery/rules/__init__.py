@@ -7,4 +7,15 @@ raises `NoRule` for a use it does not cover; then, as for an operation without a
 from lightning_compress.discovery.rules import contraction, elementwise, indexing, normalization, reduction, shape
 from lightning_compress.discovery.rules.registry import RULES, Call, NoRule, rule_for
 
-__all__ = ["RULES", "Call", "NoRule", "contraction", "elementwise", "indexing", "normalization", "reduction", "rule_for", "shape"]
+__all__ = [
+    "RULES",
+    "Call",
+    "NoRule",
+    "contraction",
+    "elementwise",
+    "indexing",
+    "normalization",
+    "reduction",
+    "rule_for",
+    "shape",
+]

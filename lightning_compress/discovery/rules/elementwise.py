@@ -25,7 +25,19 @@ def elementwise(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def
     return [trace.broadcast(call.inputs, output.shape) for output in call.outputs]
 
 
-@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor", "empty_strided", "new_empty_strided")
+@rule(
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "scalar_tensor",
+    "empty_strided",
+    "new_empty_strided",
+)
 def uniform_factory(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     """All positions of a constant tensor are alike, so its axes are free: initial states of recurrent networks, masks of ones."""
     return [trace.fresh(output) for output in call.outputs]

@@ -41,7 +41,21 @@ def reduce(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     return [_reduced(dims, over, keep) for _ in call.outputs]
 
 
-@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax", "cumsum", "cumprod", "flip", "roll", "sort", "topk", "tril", "triu")
+@rule(
+    "_softmax",
+    "_log_softmax",
+    "softmax",
+    "log_softmax",
+    "_safe_softmax",
+    "cumsum",
+    "cumprod",
+    "flip",
+    "roll",
+    "sort",
+    "topk",
+    "tril",
+    "triu",
+)
 def along_dimension(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     """Operations whose result at a position depends on other positions of the same dimension."""
     source = call.inputs[0]
@@ -63,7 +77,15 @@ def along_dimension(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped
     return results
 
 
-@rule("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d")
+@rule(
+    "constant_pad_nd",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "reflection_pad3d",
+    "replication_pad1d",
+    "replication_pad2d",
+    "replication_pad3d",
+)
 def pad(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     """Padded dimensions stay whole."""
     source, output = call.inputs[0], call.outputs[0]

@@ -125,7 +125,16 @@ def slice_(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     return [dims]
 
 
-@rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "tensor_split", "split_copy")
+@rule(
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "unsafe_split",
+    "unsafe_chunk",
+    "unsafe_split_with_sizes",
+    "tensor_split",
+    "split_copy",
+)
 def split(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     """Cut a dimension into contiguous pieces."""
     dims, dim = trace.dims(call.inputs[0]), call.dim()
