@@ -243,10 +243,12 @@ class PruningPlan:
                     f"Expected the later plan to be made for the model after this one, where {name!r} has "
                     f"{mine[name].units} units, but there it has {structure.units}."
                 )
-            tables = {(p.parameter, p.axis): p.indices.sort(1).values for p in mine[name].slices}
+            owners = {(p.parameter, p.axis): p.unit_of_position() for p in mine[name].slices}
             for piece in structure.slices:
-                table = tables.get((piece.parameter, piece.axis))
-                if table is not None and not torch.equal(table, piece.indices.sort(1).values):
+                owner = owners.get((piece.parameter, piece.axis))
+                units = torch.arange(structure.units).unsqueeze(1).expand_as(piece.indices)
+                # a table of ``later`` may lack positions: those that another structure of a composed plan removes
+                if owner is not None and not torch.equal(owner[piece.indices], units):
                     raise ValueError(
                         f"Expected the units of {name!r} to own the same positions on axis {piece.axis} of "
                         f"{piece.parameter!r} in the later plan as after this one, but they own others."
