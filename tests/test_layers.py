@@ -11,7 +11,7 @@ LAYERS = (  # from low to high: a module imports from its own layer and from tho
     {"regularizers", "schedules", "polynomials", "selection", "quantizers", "token_scores"},
     {"structures", "plan", "plan_format"},
     {"discovery", "importance", "costs", "unit_groups"},
-    {"selection", "budget", "surgery", "tokens", "quantization"},
+    {"budget", "surgery", "tokens", "quantization"},
     {"analysis", "report", "export"},
     {"callbacks"},
 )
