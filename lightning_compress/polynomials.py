@@ -1,8 +1,8 @@
 """Exact costs as polynomials in the numbers of kept units.
 
-A matrix product of shape (m, k) x (k, n) costs m * k * n multiply-accumulates. Where k is, say, heads * head_dim and both are
-structures, that cost is a monomial in the two kept counts; a packed projection is a sum of monomials. The cost of a whole model
-is therefore one polynomial in the kept counts, exact for every plan and cheap to evaluate.
+A matrix product of shape (m, k) x (k, n) costs m * k * n multiply-accumulates. Where k is, say, heads * head_dim and
+both are structures, that cost is a monomial in the two kept counts; a packed projection is a sum of monomials. The cost
+of a whole model is therefore one polynomial in the kept counts, exact for every plan and cheap to evaluate.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ class Polynomial:
     """A polynomial with real coefficients in named variables: sum over monomials of c * x_1 * x_2 * ...
 
     Args:
-        terms: coefficient of each monomial; a monomial is the sorted tuple of its variable names, a square names its variable twice.
+        terms: coefficient of each monomial; a monomial is the sorted tuple of its variable names, a square names its
+            variable twice.
 
     >>> heads, width = Polynomial.variable("heads"), Polynomial.variable("width")
     >>> cost = 3 * heads * width + 10
@@ -70,7 +71,10 @@ class Polynomial:
         return Polynomial(terms)
 
     def restrict(self, names: frozenset[str] | set[str]) -> Polynomial:
-        """Only the monomials that contain at least one of ``names``: the part of a cost that those variables can change."""
+        """Only the monomials that contain at least one of ``names``.
+
+        The part of a cost that those variables can change.
+        """
         return Polynomial({key: c for key, c in self.terms.items() if any(name in names for name in key)})
 
     def __iter__(self) -> Iterator[tuple[tuple[str, ...], float]]:

@@ -1,8 +1,8 @@
 """The one noun of this library: a structure, a family of interchangeable units that live or die together.
 
-Slice(parameter, axis, indices)    where the units live in one parameter or buffer: an explicit table
-Structure(name, kind, slices)      every place where the units live
-Structures                         what discovery returns: a list of them, with the exact cost of the model as a function of
+Slice(parameter, axis, indices)    where the units live in one parameter or buffer: an explicit table Structure(name,
+kind, slices)      every place where the units live Structures                         what discovery returns: a list of
+them, with the exact cost of the model as a function of
                                    their kept counts, and what was pinned and why
 """
 
@@ -32,10 +32,11 @@ class Slice:
         parameter: dotted name in the traced model; for a shared tensor the first of its names.
         axis: axis of the tensor on which the units lie.
         size: length of that axis before any removal.
-        indices: int64 tensor of shape (units, positions): ``indices[u]`` are the positions that unit ``u`` owns on the axis.
-            An explicit table covers packed projections, grouped queries, rotary pairs and depthwise filters alike.
-        role: "producer" makes the unit (its weight rows and biases), "consumer" contracts over the unit, "companion" travels along
-            (norm scales, running statistics, per-unit buffers).
+        indices: int64 tensor of shape (units, positions): ``indices[u]`` are the positions that unit ``u`` owns on the
+            axis. An explicit table covers packed projections, grouped queries, rotary pairs and depthwise filters
+            alike.
+        role: "producer" makes the unit (its weight rows and biases), "consumer" contracts over the unit, "companion"
+            travels along (norm scales, running statistics, per-unit buffers).
         zero: whether this slice is set to zero to silence the unit exactly; see ``surgery.zero_units``.
     """
 
@@ -76,7 +77,8 @@ class AttributeEdit:
 
     Args:
         module: dotted path of the module that owns the attribute.
-        attribute: its name; "config.NAME" edits a copy of the module's configuration object that is private to the module.
+        attribute: its name; "config.NAME" edits a copy of the module's configuration object that is private to the
+            module.
         size: the new value as a polynomial in the kept counts.
     """
 
@@ -125,10 +127,11 @@ class Structure:
         kind: one of ``KINDS``.
         units: number of units n.
         slices: every place where the units live.
-        sizes: every size in the model's shapes that depends on the kept count, as polynomials in structure names: the count itself,
-            heads * head_dim, 3 * heads * head_dim, ... Surgery looks for integer attributes that equal one of them.
-        tier: how removal was proven to work: "native" (weights sliced, attributes repaired) or "shim" (a gather or scatter keeps the
-            original width between the sliced weights); None before it is proven.
+        sizes: every size in the model's shapes that depends on the kept count, as polynomials in structure names: the
+            count itself, heads * head_dim, 3 * heads * head_dim, ... Surgery looks for integer attributes that equal
+            one of them.
+        tier: how removal was proven to work: "native" (weights sliced, attributes repaired) or "shim" (a gather or
+            scatter keeps the original width between the sliced weights); None before it is proven.
         edits: what removal changes besides tensors, found by the proof and replayed by surgery.
     """
 
@@ -169,8 +172,8 @@ class Structures(list[Structure]):
     """The structures of one model: a list, with costs and pinned families beside it.
 
     Attributes:
-        weight_macs: multiply-accumulates of the traced call in operations with a weight (linear, convolution), as a polynomial in
-            the kept counts; variables are structure names.
+        weight_macs: multiply-accumulates of the traced call in operations with a weight (linear, convolution), as a
+            polynomial in the kept counts; variables are structure names.
         activation_macs: the same for products of two activations (attention scores and mixing).
         params: number of elements of the parameters, as such a polynomial.
         pinned: families that stay whole, with reasons.
@@ -204,13 +207,13 @@ class Structures(list[Structure]):
     def macs(self) -> Polynomial:
         """Multiply-accumulates of the traced call.
 
-        A structure of tier "shim" is sliced in the weights only: between them the original width stays, so its kept count is frozen
-        in the products of activations.
+        A structure of tier "shim" is sliced in the weights only: between them the original width stays, so its kept
+        count is frozen in the products of activations.
         """
         shims = {s.name: float(s.units) for s in self if s.tier == "shim"}
         return self.weight_macs + self.activation_macs.substitute(shims)
 
-    def __getitem__(self, key):  # type: ignore[no-untyped-def, override]
+    def __getitem__(self, key):  # type: ignore[no-untyped-def]
         """By position, or by name."""
         if isinstance(key, str):
             for structure in self:
@@ -220,7 +223,10 @@ class Structures(list[Structure]):
         return super().__getitem__(key)
 
     def rebuilt(self, structures: Iterable[Structure], pinned: Iterable[Pinned] | None = None) -> Structures:
-        """The same costs over other (fewer, or proven) structures; variables of structures left out become constants."""
+        """The same costs over other (fewer, or proven) structures.
+
+        Variables of structures left out become constants.
+        """
         kept = list(structures)
         gone = {s.name: float(s.units) for s in self if s.name not in {k.name for k in kept}}
         return Structures(

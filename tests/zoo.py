@@ -1,7 +1,7 @@
 """Tiny random models of many families, with an example call each: what the theorems are tested on.
 
-Every size differs from every other where a family allows it, so that a confusion of two dimensions cannot go unnoticed. Weights are
-perturbed, so that zero initialisations do not make an equality hold for nothing.
+Every size differs from every other where a family allows it, so that a confusion of two dimensions cannot go unnoticed.
+Weights are perturbed, so that zero initialisations do not make an equality hold for nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _mask(length: int = 9) -> Tensor:
     return mask
 
 
-# ---------------------------------------------------------------------------------------------------------------- written by hand
+# ---------------------------------------------------------------------------------------------------- written by hand
 
 
 class SequenceClassifier(nn.Module):
@@ -95,7 +95,10 @@ class AttentionBlock(nn.Module):
 
 
 class PackedAttention(nn.Module):
-    """Attention with a packed projection; ``literal`` writes its sizes into forward, where no attribute can repair them."""
+    """Attention with a packed projection;
+
+    ``literal`` writes its sizes into forward, where no attribute can repair them.
+    """
 
     def __init__(self, literal: bool) -> None:
         super().__init__()
@@ -219,7 +222,7 @@ BY_HAND: dict[str, Example] = {
     "LSTM": Example(Recurrent, (_ids(),)),
 }
 
-# --------------------------------------------------------------------------------------------------------------- from transformers
+# -------------------------------------------------------------------------------------------------- from transformers
 
 
 def _transformers(model: str, config: str, call: dict[str, Any], **options: Any) -> Example:

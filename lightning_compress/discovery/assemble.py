@@ -24,10 +24,12 @@ class Family:
 
     @property
     def has_producer(self) -> bool:
+        """Some weight makes it."""
         return any("producer" in roles for roles in self.roles.values())
 
     @property
     def has_consumer(self) -> bool:
+        """Some weight reads it."""
         return any("consumer" in roles for roles in self.roles.values())
 
     @property
@@ -65,7 +67,7 @@ def assemble(trace: Trace, kinds: Sequence[str]) -> Structures:
             family.atom.reasons.add("it occurs twice in one dimension")
             pinned.append(family)
     chosen = [family for family in free if family.kind in kinds]
-    names = _names([family for family in chosen])
+    names = _names(chosen)
     variables = {id(family.atom): Polynomial.variable(name) for family, name in zip(chosen, names, strict=True)}
 
     structures = []
@@ -83,8 +85,8 @@ def assemble(trace: Trace, kinds: Sequence[str]) -> Structures:
     for member in trace.members.values():
         if member.is_parameter:
             numel = Polynomial.constant(1)
-            for axis in member.dims:
-                numel = numel * (Polynomial.constant(1) if axis is None else size_of(axis, variables))
+            for dim in member.dims:
+                numel = numel if dim is None else numel * size_of(dim, variables)
             params += numel
     pinned_names = _names(pinned)
     return Structures(

@@ -1,9 +1,9 @@
 """The algebra of tensor dimensions: atoms, products and concatenations under union-find.
 
 Every dimension of every traced tensor is an `Axis`. An axis is an *atom*, or is known to be a *product* (a flattened
-(heads, head_dim) dimension) or a *concatenation* (a packed q | k | v dimension) of smaller axes. What a dimension is made of is
-learned late: a weight starts with one fresh atom per dimension and is refined when an activation made by it is viewed or split, so
-the axis object itself is rewritten and everybody who holds it learns.
+(heads, head_dim) dimension) or a *concatenation* (a packed q | k | v dimension) of smaller axes. What a dimension is
+made of is learned late: a weight starts with one fresh atom per dimension and is refined when an activation made by it
+is viewed or split, so the axis object itself is rewritten and everybody who holds it learns.
 
     weight (96, 32)  --linear-->  (batch, 96)  --view-->  (batch, 3, 4, 8)
     Axis(96) atom                                          Axis(96) = Axis(3) x Axis(4) x Axis(8)
@@ -61,7 +61,10 @@ class Axis:
 
 
 def find(axis: Axis) -> Axis:
-    """The representative of an axis; an axis whose copies were told apart by `select` is joined again when used as a whole."""
+    """The representative of an axis.
+
+    An axis whose copies were told apart by `select` is joined again when used as a whole.
+    """
     while True:
         if axis.forward is not None:
             root = axis.forward
@@ -69,7 +72,7 @@ def find(axis: Axis) -> Axis:
                 axis.forward = root.forward  # halve the path, so that long chains stay cheap
             axis = root
         elif axis.copies is not None and isinstance(axis.copies[0], Axis):
-            copies: list[Axis] = axis.copies  # type: ignore[assignment]
+            copies = axis.copies
             axis.copies = None
             for other in copies[1:]:
                 unify(copies[0], other)
@@ -183,7 +186,8 @@ def regroup(axes: Sequence[Axis], sizes: Sequence[int]) -> list[Axis]:
         while need > 1:
             if not queue:
                 raise AxisMismatch("dimensions do not line up")
-            # An axis that fits whole is taken as it is: looking inside would join copies that a later select tells apart.
+            # An axis that fits whole is taken as it is: looking inside would join copies that a later select tells
+            # apart.
             if queue[0].size == need and not taken:
                 taken.append(queue.pop(0))
                 break
@@ -322,9 +326,9 @@ def take(axis: Axis, start: int, stop: int) -> Axis:
 def select(dims: Sequence[Axis | None], dim: int, index: int) -> list[Axis | None]:
     """Dimensions of ``tensor.select(dim, index)``.
 
-    A packed dimension that was viewed as (3, heads, head_dim) and is then indexed along the 3 is really a concatenation of three
-    dimensions that need not have anything in common. If nothing has used the inner factors yet, they are told apart: every index gets
-    its own copy, and the packed dimension becomes the concatenation of the copies.
+    A packed dimension that was viewed as (3, heads, head_dim) and is then indexed along the 3 is really a concatenation
+    of three dimensions that need not have anything in common. If nothing has used the inner factors yet, they are told
+    apart: every index gets its own copy, and the packed dimension becomes the concatenation of the copies.
     """
     rest = [axis for position, axis in enumerate(dims) if position != dim]
     chosen = dims[dim]

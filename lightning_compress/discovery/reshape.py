@@ -1,4 +1,7 @@
-"""Dimensions of a view: old and new dimensions line up where their cumulative sizes do, so equal sizes never confuse it."""
+"""Dimensions of a view.
+
+Old and new dimensions line up where their cumulative sizes do, so equal sizes never confuse it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from lightning_compress.discovery.axes import Axis, flat, regroup, split
 
 
 def view(dims: Sequence[Axis | None], old: Sequence[int], new: Sequence[int]) -> list[Axis | None]:
-    """Dimensions of ``tensor.view(new)`` for a tensor of shape ``old``; both shapes hold the same number of elements (not zero).
+    Both shapes hold the same number of elements, which is not zero.
 
     Raises:
         AxisMismatch: if the dimensions cannot be lined up; the caller pins them.

@@ -1,7 +1,8 @@
 """One forward pass of the user's model, watched operation by operation.
 
-The mode sees every ATen call with real tensors, so it follows the branch that the model really takes. Compound operations (linear,
-einsum, attention) decompose by themselves below it; fused kernels that would not are switched off for the pass.
+The mode sees every ATen call with real tensors, so it follows the branch that the model really takes. Compound
+operations (linear, einsum, attention) decompose by themselves below it; fused kernels that would not are switched off
+for the pass.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ class Trace(TorchDispatchMode):
             (False, *item) for item in model.named_buffers()
         ]
         for is_parameter, name, tensor in named:
-            # A floating-point buffer (running statistics, rotary frequencies) may be sliced along; other buffers are indices or masks.
+            # A floating-point buffer (running statistics, rotary frequencies) may be sliced along; other buffers are
+            # indices or masks.
             free = is_parameter or tensor.is_floating_point()
             reasons = () if free else (f"it is a dimension of the buffer {name}",)
             dims = tuple(None if size == 1 else Axis(size, reasons) for size in tensor.shape)
@@ -98,7 +100,7 @@ class Trace(TorchDispatchMode):
             self._dims[tensor] = self.pinned(tensor, INPUT)
             self._active[tensor] = True
 
-    # -- what rules ask for ---------------------------------------------------------------------------------------------------------
+    # -- what rules ask for ------------------------------------------------------------------------------------------
 
     def dims(self, tensor: Tensor) -> Dims:
         """Axes of a tensor's dimensions, None for those of size 1; a new list."""
@@ -119,9 +121,12 @@ class Trace(TorchDispatchMode):
         return list(known)
 
     def sources(self, tensor: Tensor) -> frozenset[str]:
-        """Names of the parameters and buffers that alone determine this tensor; empty for an activation or a constant."""
+        """Names of the parameters and buffers that alone determine this tensor.
+
+        Empty for an activation or a constant.
+        """
         self.dims(tensor)
-        return self._sources.get(tensor, frozenset())  # type: ignore[no-any-return]
+        return self._sources.get(tensor, frozenset())
 
     def note(self, tensor: Tensor, axis: Axis | None, role: str) -> None:
         """State that the weight behind ``tensor`` uses ``axis`` in this role; nothing for an activation."""
@@ -159,7 +164,7 @@ class Trace(TorchDispatchMode):
         """New axes that stay whole."""
         return [None if size == 1 else Axis(size, (reason,)) for size in tensor.shape]
 
-    # -- the mode ---------------------------------------------------------------------------------------------------------------------
+    # -- the mode ----------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -259,7 +264,7 @@ def decomposed() -> Iterator[None]:
     fastpath, onednn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
     # Not mkldnn.flags(): it also sets the TF32 flag, and torch warns of that on machines without the hardware.
-    torch.backends.mkldnn.enabled = False
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield

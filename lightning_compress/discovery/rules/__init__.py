@@ -1,7 +1,8 @@
 """What each operation does to the dimensions of its tensors: one small function per family of ATen operations.
 
-A rule gets the trace and the call and returns the dimensions of every output tensor. It may unify, mark and pin axes on the way. It
-raises `NoRule` for a use it does not cover; then, as for an operation without a rule, every axis of the inputs is pinned.
+A rule gets the trace and the call and returns the dimensions of every output tensor. It may unify, mark and pin axes on
+the way. It raises `NoRule` for a use it does not cover; then, as for an operation without a rule, every axis of the
+inputs is pinned.
 """
 
 from lightning_compress.discovery.rules import contraction, elementwise, indexing, normalization, reduction, shape

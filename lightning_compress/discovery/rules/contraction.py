@@ -1,4 +1,7 @@
-"""Matrix products and convolutions: where units are made, where they are read, and where the multiply-accumulates are."""
+"""Matrix products and convolutions.
+
+Where units are made, where they are read, and where the multiply-accumulates are.
+"""
 
 from __future__ import annotations
 

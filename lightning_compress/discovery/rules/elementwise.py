@@ -7,9 +7,9 @@ from lightning_compress.discovery.rules.registry import Call, Dims, rule
 
 # Operations whose tag does not say that they are pointwise.
 ELEMENTWISE = (
-    "elementwise clone _to_copy to alias detach contiguous masked_fill where copy fill zero lift_fresh lift_fresh_copy zeros_like "
-    "ones_like full_like empty_like rand_like randn_like native_dropout dropout bernoulli uniform normal gelu silu _conj view_as_real "
-    "nan_to_num _unsafe_masked_fill"
+    "elementwise clone _to_copy to alias detach contiguous masked_fill where copy fill zero lift_fresh lift_fresh_copy "
+    "zeros_like ones_like full_like empty_like rand_like randn_like native_dropout dropout bernoulli uniform normal gelu "
+    "silu _conj view_as_real nan_to_num _unsafe_masked_fill"
 ).split()
 
 
@@ -39,5 +39,8 @@ def elementwise(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def
     "new_empty_strided",
 )
 def uniform_factory(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
-    """All positions of a constant tensor are alike, so its axes are free: initial states of recurrent networks, masks of ones."""
+    """All positions of a constant tensor are alike, so its axes are free.
+
+    Initial states of recurrent networks, masks of ones.
+    """
     return [trace.fresh(output) for output in call.outputs]

@@ -12,7 +12,10 @@ def _reduced(dims: Dims, over: set[int], keep: bool) -> Dims:
 
 @rule("sum", "linalg_vector_norm")
 def sum_(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
-    """A sum reads its positions as a product with ones would: silent positions may go. So does a norm of positive order."""
+    """A sum reads its positions as a product with ones would.
+
+    Silent positions may go. So does a norm of positive order.
+    """
     dims = trace.dims(call.inputs[0])
     if call.name == "linalg_vector_norm" and not call.get("ord", 2) > 0:
         return reduce(trace, call)
@@ -102,11 +105,12 @@ def pad(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
 
 
 SPATIAL = (
-    "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d "
-    "adaptive_avg_pool1d adaptive_max_pool1d "
-    "adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d "
+    "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices "
+    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d "
+    "_adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d "
-    "upsample_trilinear3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa"
+    "upsample_trilinear3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_bilinear2d_aa "
+    "_upsample_bicubic2d_aa"
 ).split()
 
 

@@ -87,7 +87,10 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def rule_for(call: Call) -> Rule | None:
-    """The rule of a call: by name, by the name of the out-of-place form, or the elementwise rule for pointwise operations."""
+    """The rule of a call.
+
+    By name, by the name of the out-of-place form, or the elementwise rule for pointwise operations.
+    """
     name = call.name
     if name in RULES:
         return RULES[name]

@@ -58,7 +58,10 @@ def squeeze(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
 
 @rule("expand")
 def expand(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
-    """Repeat dimensions of size 1: all positions of the new axis are alike, so it is free (grouped-query heads come out of this)."""
+    """Repeat dimensions of size 1.
+
+    All positions of the new axis are alike, so it is free (grouped-query heads come out of this).
+    """
     source, output = call.inputs[0], call.outputs[0]
     dims = trace.dims(source)
     offset = output.dim() - source.dim()
