@@ -109,7 +109,7 @@ def test_a_slice_through_a_block_is_refused():
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_views_slices_and_joins_agree_with_index_tensors(data):
-    """Random views, slices and concatenations of an axis: positions found symbolically are those of a real index tensor.
+    """Random views, slices and joins of an axis: positions found symbolically are those of a real index tensor.
 
     An axis is paired with a real tensor of its position numbers. After each operation, every atom that remains in the
     result must be made of exactly the positions whose real numbers belong to that atom in the original axis.
