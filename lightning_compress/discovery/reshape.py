@@ -11,7 +11,7 @@ from lightning_compress.discovery.axes import Axis, flat, regroup, split
 
 
 def view(dims: Sequence[Axis | None], old: Sequence[int], new: Sequence[int]) -> list[Axis | None]:
-    """Dimensions of ``tensor.view(new)`` for a tensor of shape ``old``, of which both hold equally many elements, not zero.
+    """Dimensions of ``tensor.view(new)`` for a tensor of shape ``old``; neither may be empty.
 
     Raises:
         AxisMismatch: if the dimensions cannot be lined up; the caller pins them.
