@@ -1,0 +1,250 @@
+"""From a plan to a smaller model: all or nothing, verified."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from lightning_compress.plan import PruningPlan
+from lightning_compress.structures import Edit, Structure, Tier
+from lightning_compress.surgery.edits import Removal, install, kept_axes, once, zeroed_axes
+from lightning_compress.surgery.errors import SurgeryError
+from lightning_compress.surgery.guards import check_plain, check_sharing, check_weights
+from lightning_compress.surgery.optimizer_state import check_optimizers, cut_state
+from lightning_compress.surgery.precision import DoubleWeights, zero_positions
+from lightning_compress.surgery.slicing import named_tensors
+from lightning_compress.surgery.transaction import Transaction
+from lightning_compress.surgery.verify import Mismatch, Outputs, check_reference, difference, run
+from lightning_compress.surgery.workbench import Workbench
+
+TOLERANCE = 1e-6
+Example = tuple[Sequence[Any], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class StructureReport:
+    """What happened to one structure.
+
+    Args:
+        name: its name.
+        kind: its kind.
+        units_before: units before the removal.
+        units_after: units that stay.
+        tier: "native" or "shim"; None where nothing was removed and nothing had been proven.
+        edits: what was changed besides tensors.
+    """
+
+    name: str
+    kind: str
+    units_before: int
+    units_after: int
+    tier: Tier | None
+    edits: tuple[Edit, ...]
+
+
+@dataclass(frozen=True)
+class SurgeryReport:
+    """What a removal did, and how well it was verified.
+
+    Args:
+        structures: one entry for each structure of the plan.
+        parameters_before: number of parameters of the model, each shared one once.
+        parameters_after: the same afterwards.
+        error: max |difference| / max(1, max |output|) in float64 between the zeroed and the smaller model on the true
+            weights; None if the removal was not verified.
+        perturbed_error: the same on perturbed weights.
+        seconds: time that the removal took, verification included.
+        plan: the plan, with the tier and the edits of every structure filled in: a replay of it needs no search.
+    """
+
+    structures: tuple[StructureReport, ...]
+    parameters_before: int
+    parameters_after: int
+    error: float | None
+    perturbed_error: float | None
+    seconds: float
+    plan: PruningPlan
+
+    def __str__(self) -> str:
+        kept = self.parameters_after / max(1, self.parameters_before)
+        checked = (
+            "not verified"
+            if self.error is None
+            else f"verified, largest error {max(self.error, self.perturbed_error or 0):.1e}"
+        )
+        lines = [
+            f"{self.parameters_before:,} -> {self.parameters_after:,} parameters ({kept:.1%}), {checked}, "
+            f"{self.seconds:.2f} s",
+            *(f"  {s.name}: {s.units_before} -> {s.units_after} ({s.tier or 'whole'})" for s in self.structures),
+        ]
+        return "\n".join(lines)
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: PruningPlan,
+    optimizers: Iterable[Any] = (),
+    verify: Example | None = None,
+    *,
+    tolerance: float = TOLERANCE,
+) -> SurgeryReport:
+    """Remove the units that ``plan`` does not keep, in place, or raise and leave everything as it was.
+
+    Every parameter stays the same object with smaller data, so optimizers, tied names and references stay valid;
+    gradients and the state in ``optimizers`` follow. Structures whose way of removal is not known (``tier`` None) are
+    searched for one: native slicing with attribute repair first, then the scatter/gather shim.
+
+    The result is verified on the example call in float64, on perturbed and on the true weights:
+
+        max |f_small(x) - f_zeroed(x)| / max(1, max |f_zeroed(x)|) <= tolerance
+
+    Args:
+        model: the plain model, on any device, in any mode and precision.
+        plan: what stays; see ``PruningPlan``.
+        optimizers: every optimizer that holds parameters of the model.
+        verify: ``(args, kwargs)`` of an example call of ``model``. None is allowed if every structure of the plan
+            carries its tier, as in the plan of an earlier report or after ``prove``: the edits are then replayed
+            without a check.
+        tolerance: largest error that counts as equal.
+
+    Returns:
+        What was done; its plan replays without a search.
+
+    Raises:
+        SurgeryError: (a ValueError) if the model is wrapped, a weight is not finite, an optimizer cannot follow, or no
+            verified way exists for a structure, which is named with the reasons.
+        ValueError: if the plan is for another model.
+        TypeError: if ``verify`` is not a pair.
+    """
+    started = time.perf_counter()
+    optimizers = tuple(optimizers)
+    check_plain(model)
+    plan.check(model)
+    args, kwargs = _example(verify)
+    removals = [r for r in (Removal(s, plan.kept[s.name]) for s in plan.structures) if r.removed]
+    unproven = [r.structure.name for r in removals if r.structure.tier is None]
+    if verify is None and unproven:
+        raise SurgeryError(
+            f"Expected verify=(args, kwargs), an example call of the model, because no way to remove {unproven[0]!r} "
+            "is known yet "
+            f"({len(unproven)} structures like it), but got None."
+        )
+    tensors = named_tensors(model)
+    before = _count(model)
+    kept = once(kept_axes(removals), tensors)
+    check_weights(model, tensors, kept)
+    check_sharing(tensors, kept)
+    check_optimizers(optimizers, tensors, kept)
+
+    perturbed_error = error = None if verify is None else 0.0
+    # modules before the surgery: it adds and removes none
+    with Transaction(model.modules(), optimizers):
+        reference: Outputs = {}
+        if verify is not None and removals:
+            removals, perturbed_error = _find_ways(model, plan.structures, removals, args, kwargs, tolerance)
+            reference = _zeroed_outputs(model, removals, args, kwargs)
+        names = {r.structure.name for r in removals}
+        shapes = {name: tuple(tensors[name].shape) for name in kept}
+        install(model, removals, tensors, [s for s in plan.structures if s.name not in names])
+        cut_state(optimizers, tensors, shapes, kept)
+        if verify is not None and removals:
+            error = _final_error(model, reference, args, kwargs, tolerance)
+
+    ways = {r.structure.name: r.structure for r in removals}
+    done = replace(plan, structures=tuple(ways.get(s.name, s) for s in plan.structures))
+    return SurgeryReport(
+        structures=tuple(
+            StructureReport(s.name, s.kind, s.units, len(done.kept[s.name]), s.tier, s.edits) for s in done.structures
+        ),
+        parameters_before=before,
+        parameters_after=_count(model),
+        error=error,
+        perturbed_error=perturbed_error,
+        seconds=time.perf_counter() - started,
+        plan=done,
+    )
+
+
+def _find_ways(
+    model: nn.Module,
+    structures: Sequence[Structure],
+    removals: Sequence[Removal],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    tolerance: float,
+) -> tuple[list[Removal], float]:
+    """Every removal with its way, and the error of all of them together on perturbed weights."""
+    with DoubleWeights(model, perturbed=True, buffers={p for r in removals for p in r.structure.parameters}):
+        bench = Workbench(model, structures, removals, args, kwargs, tolerance)
+        ways, failures = bench.resolve()
+        if failures:
+            name, reason = next(iter(failures.items()))
+            others = f" {len(failures) - 1} more structures were refused." if len(failures) > 1 else ""
+            raise SurgeryError(
+                f"Expected {_title(bench.removals[name])} to be removable, but {reason}. Nothing was changed; leave it "
+                "out of the plan, or "
+                f"call discover(..., prove=True), which does.{others}"
+            )
+        found = list(ways.values())
+        return found, bench.error_of(found)
+
+
+def _zeroed_outputs(
+    model: nn.Module, removals: Sequence[Removal], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Outputs:
+    with DoubleWeights(model):
+        zero_positions(named_tensors(model), zeroed_axes(removals))
+        outputs = run(model, model, args, kwargs)
+    check_reference(outputs)
+    return outputs
+
+
+def _final_error(
+    model: nn.Module, reference: Outputs, args: Sequence[Any], kwargs: Mapping[str, Any], tolerance: float
+) -> float:
+    with DoubleWeights(model):
+        try:
+            error = difference(reference, run(model, model, args, kwargs))
+        except Mismatch as mismatch:
+            raise SurgeryError(
+                f"Expected the smaller model to return what the zeroed one does, but {mismatch}."
+            ) from None
+    if error > tolerance:
+        raise SurgeryError(
+            f"Expected the smaller model to agree with the zeroed one within {tolerance:g}, but the outputs differ by "
+            f"{error:.1e} on the "
+            "true weights. Nothing was changed."
+        )
+    return error
+
+
+def _example(verify: Example | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if verify is None:
+        return (), {}
+    if (
+        not isinstance(verify, tuple | list)
+        or len(verify) != 2
+        or not isinstance(verify[0], tuple | list)
+        or not isinstance(verify[1], Mapping)
+    ):
+        raise TypeError(
+            f"Expected verify to be (args, kwargs), a tuple and a dict, but got {type(verify).__name__}. For model(x) "
+            f"pass verify=((x,), {{}})."
+        )
+    return tuple(verify[0]), dict(verify[1])
+
+
+def _title(removal: Removal) -> str:
+    s = removal.structure
+    return f"{s.name!r} ({s.kind}, {s.units} -> {len(removal.kept)} units)"
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+__all__ = ["Example", "StructureReport", "SurgeryReport", "apply_plan"]

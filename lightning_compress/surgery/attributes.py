@@ -1,0 +1,205 @@
+"""Candidates for attribute repair: integers in modules that may count units.
+
+Python code in a forward reads sizes from attributes (``self.num_heads``, ``self.split_size``). Which ones depend on a
+structure cannot be known from their names; but their values must equal one of the sizes that discovery saw, and they
+live near the weights. So candidates are collected by value, and a search tries sets of them against the verified
+outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, combinations, islice
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_compress.polynomials import Polynomial
+from lightning_compress.structures import AttributeEdit, CoreEdit, Structure
+from lightning_compress.surgery.edits import Removal, read_attribute
+from lightning_compress.surgery.slicing import is_torch_layer
+
+# An attribute is looked for in the modules that own a sliced weight and in this many modules around each.
+ANCESTORS = 3
+_INTERNAL = frozenset(nn.Module().__dict__)
+_CORE_AXES = {"head": "heads", "qk_dim": "qk_head_dim", "vo_dim": "vo_head_dim"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One attribute of every module of one class in one place, and a size that it may count.
+
+    Args:
+        key: class, place, attribute and number of the size: equal for corresponding candidates of look-alike
+            structures.
+        modules: paths of the modules.
+        attribute: path of the attribute, see ``edits.read_attribute``.
+        size: the size as a polynomial in kept counts.
+    """
+
+    key: tuple[Any, ...]
+    modules: tuple[str, ...]
+    attribute: str
+    size: Polynomial
+
+    def edits(self) -> tuple[AttributeEdit, ...]:
+        """The edits that it stands for."""
+        return tuple(AttributeEdit(module, self.attribute, self.size) for module in self.modules)
+
+
+def owner_path(parameter: str) -> str:
+    """Path of the module that a parameter's name starts with."""
+    return parameter.rpartition(".")[0]
+
+
+def anchor(structure: Structure) -> str:
+    """Path of the innermost module that holds every slice of ``structure``; layers that hold all of it themselves do not count."""
+    paths = [owner_path(p).split(".") if owner_path(p) else [] for p in structure.parameters]
+    common: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
+
+
+def around(path: str) -> Iterator[str]:
+    """``path`` and the paths of the ``ANCESTORS`` modules around it, from inside out."""
+    for _ in range(ANCESTORS + 1):
+        yield path
+        if not path:
+            return
+        path = path.rpartition(".")[0]
+
+
+def is_inside(path: str, outer: str) -> bool:
+    """Whether the module ``path`` is ``outer`` or inside it."""
+    return not outer or path == outer or path.startswith(outer + ".")
+
+
+def core_edits(structure: Structure, modules: Mapping[str, nn.Module]) -> tuple[CoreEdit, ...]:
+    """The attentions of torch whose heads or dims ``structure`` counts: their forward has to be exchanged for any removal."""
+    axis = _CORE_AXES.get(structure.kind)
+    found: dict[str, None] = {}
+    for piece in structure.slices:
+        owner = owner_path(piece.parameter)
+        for path, faces in ((owner, piece.axis == 0), (owner.rpartition(".")[0], piece.axis == 1)):
+            if isinstance(modules.get(path), nn.MultiheadAttention) and (
+                faces or piece.parameter.endswith(("bias_k", "bias_v"))
+            ):
+                found.setdefault(path)
+    return tuple(CoreEdit(path, axis) for path in found) if axis is not None else ()  # type: ignore[arg-type]
+
+
+def candidates(
+    removal: Removal, modules: Mapping[str, nn.Module], counts: Mapping[str, float], *, holders: bool = False
+) -> list[Candidate]:
+    """Attributes whose value is a size that ``removal`` changes, those inside the structure's anchor first.
+
+    Args:
+        removal: the structure and what stays of it.
+        modules: the model's modules by path.
+        counts: units of every structure of the model.
+        holders: look into configuration objects of the modules (``config.NAME``) instead of at the modules themselves.
+    """
+    structure = removal.structure
+    after = {**counts, structure.name: float(len(removal.kept))}
+    sizes: dict[tuple[int, int], tuple[int, Polynomial]] = {}
+    for number, size in enumerate(structure.sizes):
+        if size.variables <= counts.keys():
+            change = (int(size.evaluate(counts)), int(size.evaluate(after)))
+            if change[0] != change[1]:
+                sizes.setdefault(change, (number, size))
+
+    places: dict[str, set[tuple[str, int]]] = {}
+    for piece in structure.slices:
+        for path in around(owner_path(piece.parameter)):
+            place = places.setdefault(path, set())
+            if path == owner_path(piece.parameter):
+                place.add((piece.role, piece.axis))
+    centre = anchor(structure)
+    for (
+        path,
+        module,
+    ) in modules.items():  # helpers without weights of their own (an attention core, a reshape) beside the weights
+        if is_inside(path, centre) and not any(True for _ in module.parameters()):
+            places.setdefault(path, set())
+
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for path in sorted(places, key=lambda p: (not is_inside(p, centre), -p.count("."))):
+        module = modules.get(path)
+        if module is None or is_torch_layer(module):
+            continue
+        for attribute, value in _integers(module, holders=holders, private=bool(path)):
+            for (before, _), (number, _) in sizes.items():
+                if value == before:
+                    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+                    key = (kind, tuple(sorted(places[path])), is_inside(path, centre), attribute, number)
+                    found.setdefault(key, []).append(path)
+    return [Candidate(key, tuple(paths), key[3], structure.sizes[key[4]]) for key, paths in found.items()]
+
+
+def selections(found: Sequence[Candidate], limit: int) -> Iterator[tuple[Candidate, ...]]:
+    """At most ``limit`` sets of candidates: none, all, all but one, one, all but two, two, ...
+
+    One attribute never gets two sizes; "all" takes the first size of each.
+    """
+    first: dict[tuple[Any, ...], Candidate] = {}
+    for candidate in found:
+        first.setdefault(candidate.key[:-1], candidate)
+    whole = tuple(first.values())
+    ordered: Iterator[tuple[Candidate, ...]] = chain(
+        [(), whole],
+        *(
+            chain(
+                (tuple(c for c in whole if c not in left_out) for left_out in combinations(whole, count)),
+                combinations(found, count),
+            )
+            for count in range(1, len(found) + 1)
+        ),
+    )
+    seen: set[frozenset[Candidate]] = set()
+
+    def fresh() -> Iterator[tuple[Candidate, ...]]:
+        for selection in ordered:
+            chosen = frozenset(selection)
+            if chosen not in seen and len({c.key[:-1] for c in selection}) == len(selection):
+                seen.add(chosen)
+                yield selection
+
+    return islice(fresh(), limit)
+
+
+def _integers(module: nn.Module, *, holders: bool, private: bool) -> Iterator[tuple[str, int]]:
+    """Integer attributes of ``module``, or of the plain objects that it holds, with their paths."""
+    if not holders:
+        yield from _integers_of(module.__dict__, "", private=private)
+        return
+    for name, value in module.__dict__.items():
+        plain = not isinstance(value, nn.Module | Tensor | type) and not callable(value) and name not in _INTERNAL
+        if plain and hasattr(value, "__dict__") and not name.startswith("_"):
+            yield from _integers_of(vars(value), f"{name}.", private=False)
+
+
+def _integers_of(attributes: Mapping[str, Any], prefix: str, *, private: bool) -> Iterator[tuple[str, int]]:
+    for name, value in list(attributes.items()):
+        if name in _INTERNAL or name.startswith("__") or (name.startswith("_") and not private):
+            continue
+        if type(value) is int:
+            yield prefix + name, value
+        elif type(value) in (list, tuple) and len(value) <= 8:
+            yield from ((f"{prefix}{name}[{i}]", item) for i, item in enumerate(value) if type(item) is int)
+
+
+__all__ = [
+    "Candidate",
+    "anchor",
+    "around",
+    "candidates",
+    "core_edits",
+    "is_inside",
+    "owner_path",
+    "read_attribute",
+    "selections",
+]

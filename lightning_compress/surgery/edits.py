@@ -1,0 +1,289 @@
+"""Carrying out a removal: tensors are cut, then sizes, attention cores, shims and attributes follow.
+
+Nothing here verifies or restores; callers hold a ``Transaction``.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import FrozenInstanceError, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.polynomials import Polynomial
+from lightning_compress.structures import AttributeEdit, CoreEdit, ShimEdit, Slice, Structure
+from lightning_compress.surgery.attention import resize, slim_
+from lightning_compress.surgery.errors import SurgeryError
+from lightning_compress.surgery.shim import place_shim, shims_of
+from lightning_compress.surgery.slicing import AxisPositions, cut, is_torch_layer, owners_of, repair
+
+_PATH = re.compile(r"(?:(?P<holder>\w+)\.)?(?P<name>\w+)(?:\[(?P<item>\d+)\])?")
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A structure and the units of it that stay; its tier and edits say how."""
+
+    structure: Structure
+    kept: tuple[int, ...]
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Units that go, increasing."""
+        kept = set(self.kept)
+        return tuple(u for u in range(self.structure.units) if u not in kept)
+
+
+def kept_axes(removals: Iterable[Removal]) -> dict[str, AxisPositions]:
+    """parameter -> axis -> sorted positions that stay, for every axis that loses at least one."""
+    masks: dict[tuple[str, int], Tensor] = {}
+    for removal in removals:
+        gone = torch.tensor(removal.removed, dtype=torch.long)
+        for piece in removal.structure.slices:
+            mask = masks.setdefault((piece.parameter, piece.axis), torch.ones(piece.size, dtype=torch.bool))
+            mask[piece.indices[gone].reshape(-1)] = False
+    kept: dict[str, AxisPositions] = {}
+    for (parameter, axis), mask in masks.items():
+        if not mask.all():
+            kept.setdefault(parameter, {})[axis] = mask.nonzero().reshape(-1)
+    return kept
+
+
+def zeroed_axes(removals: Iterable[Removal]) -> dict[tuple[str, int], Tensor]:
+    """(parameter, axis) -> positions that are set to zero to silence the removed units."""
+    found: dict[tuple[str, int], list[Tensor]] = {}
+    for removal in removals:
+        gone = torch.tensor(removal.removed, dtype=torch.long)
+        for piece in removal.structure.slices:
+            if piece.zero and gone.numel():
+                found.setdefault((piece.parameter, piece.axis), []).append(piece.indices[gone].reshape(-1))
+    return {axis: torch.cat(positions).unique() for axis, positions in found.items()}
+
+
+def install(
+    model: nn.Module,
+    removals: Sequence[Removal],
+    tensors: Mapping[str, Tensor],
+    bystanders: Sequence[Structure] = (),
+    *,
+    gradients: bool = True,
+) -> None:
+    """Carry out ``removals``, each by the edits of its structure, in place.
+
+    Args:
+        model: the model.
+        removals: what goes.
+        tensors: its parameters and buffers by name.
+        bystanders: further structures of the model that stay whole for now; a shim remembers where their units are.
+        gradients: whether gradients are cut, too; a trial run has no use for them.
+    """
+    kept = kept_axes(removals)
+    modules = dict(model.named_modules())
+    cores: dict[str, dict[str, int]] = {}
+    for removal in removals:
+        for edit in removal.structure.edits:
+            if isinstance(edit, CoreEdit):
+                cores.setdefault(edit.module, {})[edit.axis] = len(removal.kept)
+    for path in cores:
+        slim_(_module(modules, path))  # reads the old sizes: before anything is cut
+    for name, axes in once(kept, tensors).items():
+        cut(tensors[name], axes, gradient=gradients)
+    for _, owner in owners_of(model, (tensors[name] for name in kept)):
+        repair(owner)
+    for path, counts in cores.items():
+        resize(
+            _module(modules, path),  # type: ignore[arg-type]
+            counts.get("heads"),
+            counts.get("qk_head_dim"),
+            counts.get("vo_head_dim"),
+        )
+    _place_shims(modules, removals, kept, bystanders)
+    _set_attributes(modules, removals, bystanders)
+
+
+def once(kept: Mapping[str, AxisPositions], tensors: Mapping[str, Tensor]) -> dict[str, AxisPositions]:
+    """Each tensor under one name only; raises SurgeryError where the names of a shared tensor disagree."""
+    first: dict[int, str] = {}
+    result: dict[str, AxisPositions] = {}
+    for name, axes in kept.items():
+        other = first.setdefault(id(tensors[name]), name)
+        if other == name:
+            result[name] = axes
+        elif result[other].keys() != axes.keys() or any(not torch.equal(p, result[other][a]) for a, p in axes.items()):
+            raise SurgeryError(
+                f"Expected the names of a shared parameter to agree on what goes, but {other!r} and {name!r} are one "
+                "tensor and the plan "
+                f"cuts axes {sorted(result[other])} of the first and {sorted(axes)} of the second, or other positions. "
+                "Discover the structures of this very model, where the sharing is seen."
+            )
+    return result
+
+
+def counts_between(removals: Iterable[Removal], bystanders: Iterable[Structure] = ()) -> dict[str, float]:
+    """Kept counts as the work between sliced weights sees them: a structure with a shim keeps its width there."""
+    counts = {s.name: float(s.units) for s in bystanders}
+    for removal in removals:
+        structure = removal.structure
+        counts[structure.name] = float(structure.units if structure.tier == "shim" else len(removal.kept))
+    return counts
+
+
+def _module(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
+    if path not in modules:
+        raise SurgeryError(f"Expected the model to have a module {path!r}, as the plan's edits say, but it has none.")
+    return modules[path]
+
+
+# Shims
+
+
+def _place_shims(
+    modules: Mapping[str, nn.Module],
+    removals: Sequence[Removal],
+    kept: Mapping[str, AxisPositions],
+    bystanders: Sequence[Structure],
+) -> None:
+    edits: dict[tuple[str, str], ShimEdit] = {}
+    faces: dict[tuple[str, str], Slice] = {}
+    for removal in removals:
+        for edit in removal.structure.edits:
+            if isinstance(edit, ShimEdit) and removal.removed:
+                place = (edit.module, edit.side)
+                edits[place] = edit
+                faces.setdefault(place, _facing(_module(modules, edit.module), edit, removal.structure))
+    # a shim of an earlier removal faces an axis that may be cut now by a structure that goes natively
+    for path, module in modules.items():
+        for side, shim in shims_of(module):
+            name = f"{path}.{shim.parameter}" if path else shim.parameter
+            if (path, side) not in edits and shim.axis in kept.get(name, {}):
+                edits[path, side] = ShimEdit(path, side, shim.dim)  # type: ignore[arg-type]
+                faces[path, side] = next(
+                    piece
+                    for removal in removals
+                    for piece in removal.structure.slices
+                    if (piece.parameter, piece.axis) == (name, shim.axis)
+                )
+    for place, edit in edits.items():
+        face = faces[place]
+        native: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
+        for structure, units in [
+            *((r.structure, r.kept) for r in removals),
+            *((s, tuple(range(s.units))) for s in bystanders),
+        ]:
+            if structure.tier == "shim":
+                continue
+            for piece in structure.slices:
+                if (piece.parameter, piece.axis) == (face.parameter, face.axis):
+                    native[structure.name] = (piece.unit_of_position(), units)
+        place_shim(
+            _module(modules, edit.module),
+            edit,
+            parameter=face.parameter.rpartition(".")[2],
+            axis=face.axis,
+            size=face.size,
+            kept=kept.get(face.parameter, {}).get(face.axis, torch.arange(face.size)),
+            native=native,
+        )
+
+
+def faced_side(module: nn.Module, piece: Slice) -> tuple[str, ...]:
+    """Sides of ``module`` that carry the axis of one of its own parameters: ("output",), ("input",), both, or none."""
+    if isinstance(module, nn.Linear) or (isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1):
+        major, minor = ("output",), ("input",)
+        if isinstance(module, nn.modules.conv._ConvNd) and module.transposed:
+            major, minor = (minor, major) if piece.parameter.rpartition(".")[2] == "weight" else (major, minor)
+        return (major, minor)[piece.axis] if piece.axis < 2 else ()
+    if isinstance(module, nn.Embedding):
+        return ("output",) if piece.axis == 1 else ()
+    if is_torch_layer(module) and not isinstance(module, nn.modules.conv._ConvNd):
+        return ("input", "output")  # norms: a unit goes in and comes out
+    return {"producer": ("output",), "consumer": ("input",), "companion": ("input", "output")}[piece.role]
+
+
+def shim_dim(module: nn.Module) -> int:
+    """Dimension of the module's input and output that carries its channels, counted so that unbatched calls work too."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return -1 - len(module.kernel_size)
+    if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.PReLU):
+        return 1
+    return -1
+
+
+def _facing(module: nn.Module, edit: ShimEdit, structure: Structure) -> Slice:
+    prefix = f"{edit.module}." if edit.module else ""
+    for piece in structure.slices:
+        path, _, _ = piece.parameter.rpartition(".")
+        if path == edit.module and edit.side in faced_side(module, piece):
+            return piece
+    raise SurgeryError(
+        f"Expected a parameter of {prefix or 'the model'!r} to face its {edit.side} shim in structure "
+        f"{structure.name!r}, but none does."
+    )
+
+
+# Attributes
+
+
+def read_attribute(module: nn.Module, path: str) -> Any:
+    """Value of ``NAME``, ``HOLDER.NAME`` or ``NAME[i]`` in ``module``; raises AttributeError or IndexError where it is not there."""
+    match = _PATH.fullmatch(path)
+    if match is None:
+        raise AttributeError(path)
+    holder = getattr(module, match["holder"]) if match["holder"] else module
+    value = getattr(holder, match["name"])
+    return value[int(match["item"])] if match["item"] else value
+
+
+def write_attribute(module: nn.Module, path: str, value: int) -> None:
+    """Set what ``read_attribute`` reads; a holder (a configuration, a list) is replaced by a copy of the module's own."""
+    match = _PATH.fullmatch(path)
+    if match is None:
+        raise AttributeError(path)
+    holder: Any = module
+    if match["holder"]:
+        holder = copy.copy(getattr(module, match["holder"]))
+        setattr(module, match["holder"], holder)
+    new: Any = value
+    if match["item"]:
+        items = list(getattr(holder, match["name"]))
+        items[int(match["item"])] = value
+        new = type(getattr(holder, match["name"]))(items)
+    try:
+        setattr(holder, match["name"], new)
+    except FrozenInstanceError:  # a frozen configuration; it is our own copy
+        object.__setattr__(holder, match["name"], new)
+
+
+def _set_attributes(
+    modules: Mapping[str, nn.Module], removals: Sequence[Removal], bystanders: Sequence[Structure]
+) -> None:
+    between = counts_between(removals, bystanders)
+    real = {**between, **{r.structure.name: float(len(r.kept)) for r in removals}}
+    for removal in removals:
+        if not removal.removed:
+            continue
+        for edit in removal.structure.edits:
+            if isinstance(edit, AttributeEdit):
+                module = _module(modules, edit.module)
+                # a layer with a shim has the sizes of its weights, not those of the interface
+                counts = real if shims_of(module) else between
+                write_attribute(module, edit.attribute, evaluate(edit.size, counts, removal.structure.name))
+
+
+def evaluate(size: Polynomial, counts: Mapping[str, float], structure: str) -> int:
+    """The whole number that ``size`` is at ``counts``."""
+    missing = sorted(size.variables - counts.keys())
+    if missing:
+        raise SurgeryError(
+            f"Expected the kept counts of {missing} beside those of {structure!r}, because a size depends on all of "
+            "them, but the plan "
+            "does not hold them. Make the plan from all structures that discovery returned."
+        )
+    value = size.evaluate(counts)
+    if value != int(value) or value < 0:
+        raise SurgeryError(f"Expected {size} to be a whole number for {structure!r}, but got {value}.")
+    return int(value)

@@ -1,0 +1,95 @@
+"""What surgery refuses before it touches anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.surgery.errors import SurgeryError
+from lightning_compress.surgery.slicing import AxisPositions, owners_of
+
+# class name -> how to get at the plain module; by name because importing all of these is slow
+_WRAPPERS = {
+    "DataParallel": "Pass model.module and wrap it again afterwards.",
+    "DistributedDataParallel": "Pass model.module and wrap it again afterwards: a live reducer keeps the old shapes.",
+    "FullyShardedDataParallel": "Remove units before the model is sharded, and shard the smaller model.",
+    "FSDPModule": "Remove units before the model is sharded, and shard the smaller model.",
+    "OptimizedModule": "Pass model._orig_mod and compile it again afterwards.",
+    "ScriptModule": "Remove units from the eager module and script the smaller one.",
+}
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise SurgeryError for a wrapped, compiled or scripted module, anywhere in ``model``; TypeError for no module at all."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected model to be an nn.Module, but got {type(model).__name__}.")
+    for path, module in model.named_modules():
+        where = f" at {path!r}" if path else ""
+        for base in type(module).__mro__:
+            if base.__name__ in _WRAPPERS and base.__module__.startswith("torch"):
+                raise SurgeryError(
+                    f"Expected the plain module, but got {type(module).__name__}{where}. {_WRAPPERS[base.__name__]}"
+                )
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise SurgeryError(
+                f"Expected the plain module, but {type(module).__name__}{where} was compiled in place by "
+                "module.compile(). "
+                "Remove units first, then compile."
+            )
+
+
+def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], kept: Mapping[str, AxisPositions]) -> None:
+    """Raise SurgeryError for a tensor of the plan that is not finite or that is computed from other parameters."""
+    for path, module in owners_of(model, (tensors[name] for name in kept)):
+        hooks = [type(hook) for hook in module._forward_pre_hooks.values()]
+        if ".parametrizations." in f".{path}." or any(h.__module__.startswith("torch.nn.utils") for h in hooks):
+            layer = path.partition(".parametrizations.")[0]
+            raise SurgeryError(
+                f"Expected the weights of {layer!r} to be plain parameters, but they are parametrized (weight_norm, "
+                "spectral_norm, a pruning "
+                "mask). Make them permanent first: torch.nn.utils.parametrize.remove_parametrizations or prune.remove."
+            )
+    for name in kept:
+        tensor = tensors[name]
+        if type(tensor.data) is not Tensor:
+            raise SurgeryError(
+                f"Expected {name!r} to be an ordinary dense tensor, but got {type(tensor.data).__name__} (sharded or "
+                "quantized). "
+                "Remove units before sharding and quantization."
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise SurgeryError(
+                f"Expected finite weights, but {name!r} holds NaN or infinity. Nothing was removed; look for the step "
+                "at which training "
+                "diverged (a lower learning rate, gradient clipping)."
+            )
+
+
+def check_sharing(tensors: Mapping[str, Tensor], kept: Iterable[str]) -> None:
+    """Raise SurgeryError where parameters of the plan are views into one storage: cutting one would tear them apart."""
+    storages: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            storages.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
+    for name in kept:
+        tensor = tensors[name]
+        if not tensor.numel():
+            continue
+        for other, sharer in storages[tensor.untyped_storage().data_ptr()]:
+            if sharer is not tensor and _overlap(tensor, sharer):
+                raise SurgeryError(
+                    f"Expected {name!r} to share memory with no other tensor, but {other!r} is another view of the "
+                    "same storage. "
+                    "Tie weights by assigning the same Parameter object to both modules."
+                )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    def span(t: Tensor) -> tuple[int, int]:
+        start = t.storage_offset()
+        return start, start + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+
+    (a0, a1), (b0, b1) = span(a), span(b)
+    return a0 <= b1 and b0 <= a1

@@ -1,0 +1,159 @@
+"""The model in float64, for the length of a check: weights, buffers, inputs, and the casts inside its forward.
+
+Rounding is what a tolerance of 1e-6 must not be spent on. The weights can be perturbed at the same time, so that a
+model whose weights are already zero where units will go, or that starts from zeros, cannot make the comparison vacuous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import fields, is_dataclass, replace
+from math import sqrt
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DOUBLE = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
+
+
+def to_double(value: Any) -> Any:
+    """A copy of a nested argument with every tensor copied, and floating-point ones in float64; other objects are passed on."""
+    if isinstance(value, Tensor):
+        return value.detach().to(DOUBLE.get(value.dtype, value.dtype), copy=True)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_double(item) for item in value))
+    if type(value) in (list, tuple):
+        return type(value)(to_double(item) for item in value)
+    if isinstance(value, dict):
+        try:
+            return type(value)((key, to_double(item)) for key, item in value.items())
+        except TypeError:  # a dict with a constructor of its own
+            return {key: to_double(item) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = {f.name: to_double(getattr(value, f.name)) for f in fields(value) if f.init}
+        return replace(value, **changed)
+    return value
+
+
+class DoublePrecision(TorchDispatchMode):
+    """Keeps a forward in float64: casts to and factories of lower precision give float64, mixed arguments are raised to it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        low: list[Tensor] = []
+        count = high = 0
+
+        def look(value: Any) -> None:
+            nonlocal count, high
+            if isinstance(value, Tensor):
+                count += 1
+                if value.dtype in DOUBLE:
+                    low.append(value)
+                elif value.dtype in (torch.float64, torch.complex128):
+                    high += 1
+            elif type(value) in (list, tuple):
+                for item in value:
+                    look(item)
+
+        kwargs = dict(kwargs) if kwargs else {}
+        for value in (*args, *kwargs.values()):
+            look(value)
+        written = args[0] if func._schema.is_mutable and args else None
+        mixed = bool(low) and high > 0
+
+        def raised(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return (
+                    value.to(DOUBLE[value.dtype]) if mixed and value.dtype in DOUBLE and value is not written else value
+                )
+            if isinstance(value, torch.dtype):
+                return DOUBLE.get(value, value)
+            if type(value) in (list, tuple):
+                return type(value)(raised(item) for item in value)
+            return value
+
+        result = func(*(raised(value) for value in args), **{key: raised(value) for key, value in kwargs.items()})
+        if not count and isinstance(result, Tensor) and result.dtype in DOUBLE:
+            return result.to(DOUBLE[result.dtype])
+        return result
+
+
+class DoubleWeights:
+    """While it is entered, every parameter and buffer of ``model`` holds a float64 copy of itself; afterwards the
+    original data is back.
+
+    Args:
+        model: its parameters and buffers keep their identity.
+        perturbed: whether to add noise to all parameters and to ``buffers``: a tenth of their root mean square plus
+            half of a usual initialisation. Deterministic, and free of random number state.
+        buffers: names of the buffers to perturb too (by a positive amount, as variances must stay positive).
+    """
+
+    def __init__(self, model: nn.Module, *, perturbed: bool = False, buffers: Collection[str] = ()) -> None:
+        self._model = model
+        self._perturbed = perturbed
+        self._noisy_buffers = frozenset(buffers)
+        self._saved: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> DoubleWeights:
+        noise = torch.randn(8191, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        try:
+            for number, (_, parameter) in enumerate(self._model.named_parameters()):
+                self._exchange(parameter, noise.roll(number * 97) if self._perturbed else None)
+            for number, (name, buffer) in enumerate(self._model.named_buffers()):
+                noisy = self._perturbed and name in self._noisy_buffers
+                self._exchange(buffer, noise.roll(number * 89).abs() if noisy else None)
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _exchange(self, tensor: Tensor, noise: Tensor | None) -> None:
+        data = tensor.data
+        double = data.to(DOUBLE.get(data.dtype, data.dtype), copy=True)
+        if noise is not None and double.dtype == torch.float64 and double.numel():
+            add_tiled(noise.to(double.device), double)
+        self._saved.append((tensor, data))
+        tensor.data = double
+
+    def _restore(self) -> None:
+        for tensor, data in self._saved:
+            tensor.data = data
+        self._saved.clear()
+
+
+def add_tiled(noise: Tensor, tensor: Tensor) -> None:
+    """Add ``noise``, scaled and repeated, to ``tensor`` in place; give it a prime length, so that rows get different
+    pieces of it.
+
+    The scale is a tenth of the root mean square of ``tensor`` plus half of 1 / sqrt(fan in), a usual initialisation.
+    """
+    n, period = tensor.numel(), noise.numel()
+    fan_in = n / tensor.shape[0] if tensor.dim() > 1 else 100.0
+    noise = noise * (0.1 * float(tensor.norm()) / sqrt(n) + 0.5 / sqrt(fan_in))
+    flat = tensor.contiguous().view(-1)
+    whole = n - n % period
+    flat[:whole].view(-1, period).add_(noise)
+    flat[whole:].add_(noise[: n - whole])
+    if flat.data_ptr() != tensor.data_ptr():
+        tensor.copy_(flat.view_as(tensor))
+
+
+def zero_positions(tensors: Mapping[str, Tensor], removed: Mapping[tuple[str, int], Tensor]) -> None:
+    """Write zeros at the positions ``removed[parameter, axis]``, in place."""
+    for (name, axis), positions in removed.items():
+        data = tensors[name].data
+        data.index_fill_(axis, positions.to(data.device), 0)

@@ -1,0 +1,96 @@
+"""Proving early that structures can go, by a dry run that removes one unit of each and is rolled back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lightning_compress.structures import Pinned, Structure, Structures
+from lightning_compress.surgery.apply import TOLERANCE
+from lightning_compress.surgery.edits import Removal, kept_axes, once
+from lightning_compress.surgery.errors import SurgeryError
+from lightning_compress.surgery.guards import check_plain, check_sharing, check_weights
+from lightning_compress.surgery.precision import DoubleWeights
+from lightning_compress.surgery.slicing import named_tensors
+from lightning_compress.surgery.transaction import Transaction
+from lightning_compress.surgery.workbench import Workbench
+
+
+def prove(
+    model: nn.Module,
+    structures: Structures,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    tolerance: float = TOLERANCE,
+) -> Structures:
+    """Find for every structure how it can be removed; ``model`` is left exactly as it was.
+
+    The first unit of each structure is removed from a float64 copy of the perturbed weights, and the outputs of the
+    example call are compared with those of the zeroed model. Look-alike structures share one search; at the end all go
+    together.
+
+    Args:
+        model: the plain model.
+        structures: its structures, from ``trace_structures``.
+        args: positional arguments of one short example call.
+        kwargs: its keyword arguments.
+        tolerance: largest error that counts as equal.
+
+    Returns:
+        The structures that can go, with ``tier`` and ``edits`` filled in for any kept count; the others are pinned,
+        with the reasons.
+
+    Raises:
+        SurgeryError: if the model is wrapped, or its outputs say nothing (no tensor, or NaN).
+        ValueError: if the structures are those of another model.
+    """
+    check_plain(model)
+    pinned: list[Pinned] = list(structures.pinned)
+    removals = []
+    for structure in structures:
+        reason = _cannot_even_try(model, structure)
+        if reason is None:
+            removals.append(Removal(replace(structure, tier=None, edits=()), tuple(range(1, structure.units))))
+        else:
+            pinned.append(_pin(structure, reason))
+    ways: dict[str, Removal] = {}
+    if removals:
+        buffers = {p for r in removals for p in r.structure.parameters}
+        with Transaction(model.modules()), DoubleWeights(model, perturbed=True, buffers=buffers):
+            known = [r.structure for r in removals]
+            bench = Workbench(model, known, removals, args, dict(kwargs or {}), tolerance)
+            ways, failures = bench.resolve()
+        pinned += [_pin(structures[name], reason) for name, reason in failures.items()]
+    return structures.rebuilt((ways[s.name].structure for s in structures if s.name in ways), pinned)
+
+
+def _cannot_even_try(model: nn.Module, structure: Structure) -> str | None:
+    if structure.units < 2:
+        return "it has a single unit, and one must stay"
+    tensors = named_tensors(model)
+    for piece in structure.slices:
+        if piece.parameter not in tensors or piece.axis >= tensors[piece.parameter].dim():
+            raise ValueError(
+                f"Expected the model to have {piece.parameter!r} of structure {structure.name!r}, but it has none."
+            )
+        if tensors[piece.parameter].shape[piece.axis] != piece.size:
+            raise ValueError(
+                f"Expected axis {piece.axis} of {piece.parameter!r} to have size {piece.size}, as in structure "
+                f"{structure.name!r}, but "
+                f"got {tensors[piece.parameter].shape[piece.axis]}: these are the structures of another model."
+            )
+    try:
+        kept = once(kept_axes([Removal(structure, tuple(range(1, structure.units)))]), tensors)
+        check_weights(model, tensors, kept)
+        check_sharing(tensors, kept)
+    except SurgeryError as error:
+        return str(error)
+    return None
+
+
+def _pin(structure: Structure, reason: str) -> Pinned:
+    return Pinned(structure.name, structure.kind, structure.units, structure.parameters, (reason,))

@@ -1,0 +1,156 @@
+"""Cutting positions out of tensors, and the size attributes of torch's own layers.
+
+Parameters keep their identity: only ``parameter.data`` is exchanged, so that an optimizer's groups, tied names and
+references held elsewhere stay valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.plan import PruningPlan
+
+AxisPositions = dict[int, Tensor]
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of ``model`` under each of its names."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    return tensors
+
+
+def kept_by_parameter(plan: PruningPlan) -> dict[str, AxisPositions]:
+    """parameter -> axis -> positions that stay, for every axis that loses at least one."""
+    kept: dict[str, AxisPositions] = {}
+    for (parameter, axis), positions in plan.kept_positions().items():
+        kept.setdefault(parameter, {})[axis] = positions
+    return kept
+
+
+def select(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """``tensor`` with only the positions ``kept[axis]`` on each of these axes, in a storage of its own.
+
+    The memory format of convolution weights (channels last) is preserved.
+    """
+    result = tensor.detach()
+    for axis, positions in kept.items():
+        result = result.index_select(axis, positions.to(tensor.device))
+    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        result = result.contiguous(memory_format=torch.channels_last)
+    return result
+
+
+def cut(tensor: Tensor, kept: Mapping[int, Tensor], *, gradient: bool = True) -> None:
+    """Exchange the data of a parameter or buffer, and its gradient unless told otherwise, for the kept positions; the object stays."""
+    old = tensor.grad if gradient and tensor.is_leaf else None
+    if old is not None:
+        tensor.grad = None  # a gradient must have the shape of its tensor at every moment
+    tensor.data = select(tensor.data, kept)
+    if old is not None:
+        tensor.grad = select(old, kept)
+
+
+def owners_of(model: nn.Module, tensors: Iterable[Tensor]) -> list[tuple[str, nn.Module]]:
+    """Every module that holds one of ``tensors`` itself, with its path; a shared tensor has several."""
+    wanted = {id(tensor) for tensor in tensors}
+    found = []
+    for path, module in model.named_modules():
+        own = [*module._parameters.values(), *module._buffers.values()]
+        if any(id(tensor) in wanted for tensor in own if tensor is not None):
+            found.append((path, module))
+    return found
+
+
+# Size attributes of torch's layers, read back from the weights
+
+
+def _linear(module: nn.Linear) -> None:
+    module.out_features, module.in_features = module.weight.shape
+
+
+def _bilinear(module: nn.Bilinear) -> None:
+    module.out_features, module.in1_features, module.in2_features = module.weight.shape
+
+
+def _convolution(module: nn.modules.conv._ConvNd) -> None:
+    # a weight is (out, in / groups, ...), transposed (in, out / groups, ...)
+    major, minor = module.weight.shape[:2]
+    old = module.in_channels if module.transposed else module.out_channels
+    if module.groups > 1 and minor * module.groups == (
+        module.out_channels if module.transposed else module.in_channels
+    ):
+        per_group = old // module.groups
+        if minor == 1 and major % per_group == 0:
+            module.groups = major // per_group  # depthwise: a channel is a group
+    if module.transposed:
+        module.in_channels, module.out_channels = major, minor * module.groups
+    else:
+        module.out_channels, module.in_channels = major, minor * module.groups
+
+
+def _batch_norm(module: nn.modules.batchnorm._NormBase) -> None:
+    reference = module.weight if module.weight is not None else module.running_mean
+    if reference is not None:
+        module.num_features = reference.shape[0]
+
+
+def _group_norm(module: nn.GroupNorm) -> None:
+    if module.weight is not None:
+        size = module.num_channels // module.num_groups
+        module.num_channels = module.weight.shape[0]
+        if module.num_channels % size == 0:
+            module.num_groups = module.num_channels // size  # whole groups go
+
+
+def _normalized_shape(module: nn.LayerNorm | nn.RMSNorm) -> None:
+    if module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)
+
+
+def _embedding(module: nn.Embedding | nn.EmbeddingBag) -> None:
+    module.num_embeddings, module.embedding_dim = module.weight.shape
+
+
+def _recurrent(module: nn.RNNBase) -> None:
+    gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+    module.input_size = module.weight_ih_l0.shape[1]
+    module.hidden_size = module.weight_ih_l0.shape[0] // gates
+    if module.proj_size:
+        module.proj_size = module.weight_hr_l0.shape[0]
+    module.flatten_parameters()
+
+
+def _prelu(module: nn.PReLU) -> None:
+    module.num_parameters = module.weight.shape[0]
+
+
+REPAIRS: tuple[tuple[type[nn.Module], Callable[..., None]], ...] = (
+    (nn.Linear, _linear),
+    (nn.Bilinear, _bilinear),
+    (nn.modules.conv._ConvNd, _convolution),
+    (nn.modules.batchnorm._NormBase, _batch_norm),
+    (nn.GroupNorm, _group_norm),
+    (nn.LayerNorm, _normalized_shape),
+    (nn.RMSNorm, _normalized_shape),
+    (nn.Embedding, _embedding),
+    (nn.EmbeddingBag, _embedding),
+    (nn.RNNBase, _recurrent),
+    (nn.PReLU, _prelu),
+)
+
+
+def repair(module: nn.Module) -> None:
+    """Set the size attributes of a layer of torch (or of a subclass of one) from its weights; others are left alone."""
+    for kind, function in REPAIRS:
+        if isinstance(module, kind):
+            function(module)
+            return
+
+
+def is_torch_layer(module: nn.Module) -> bool:
+    """Whether ``module`` is exactly a layer of torch, whose attributes ``repair`` knows completely."""
+    return type(module).__module__.startswith("torch.nn.")

@@ -1,0 +1,137 @@
+"""Running the example call reproducibly, and comparing what it returns."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.discovery.tracer import decomposed, evaluation
+from lightning_compress.surgery.errors import SurgeryError
+from lightning_compress.surgery.precision import DoublePrecision, to_double
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor among the outputs of a call.
+
+    Args:
+        tensor: the tensor.
+        internal: whether it lies inside an object that is no plain container (a key/value cache, say), whose size may
+            shrink with the model.
+    """
+
+    tensor: Tensor
+    internal: bool
+
+
+Outputs = dict[str, Output]
+
+
+class Mismatch(Exception):
+    """Outputs that cannot be compared, or one that is not finite; the text says which."""
+
+
+def flatten(value: Any) -> Outputs:
+    """The tensors inside nested outputs, by their path: mappings, sequences, dataclasses, and attributes of other objects."""
+    return dict(_walk(value, "output", False, set()))
+
+
+def _walk(value: Any, path: str, internal: bool, seen: set[int]) -> Iterator[tuple[str, Output]]:
+    if isinstance(value, Tensor):
+        yield path, Output(value, internal)
+        return
+    if value is None or isinstance(value, str | bytes | int | float | complex | nn.Module | type) or id(value) in seen:
+        return
+    seen.add(id(value))
+    children: list[tuple[str, Any]]
+    if isinstance(value, Mapping):
+        children = [(f"{path}[{key!r}]", item) for key, item in value.items()]
+    elif isinstance(value, list | tuple | set | frozenset):
+        children = [(f"{path}[{i}]", item) for i, item in enumerate(value)]
+    elif is_dataclass(value):
+        children = [(f"{path}.{f.name}", getattr(value, f.name)) for f in fields(value)]
+    else:
+        children = [(f"{path}.{name}", item) for name, item in getattr(value, "__dict__", {}).items()]
+        internal = True
+    for child, item in children:
+        yield from _walk(item, child, internal, seen)
+
+
+def run(call: nn.Module, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outputs:
+    """The outputs of ``call(*args, **kwargs)`` in evaluation mode and double precision.
+
+    ``call`` is ``model`` or one of its sub-modules. Random number generators, training flags and buffers of ``model``
+    are left as they were; functions that draw random numbers all the same draw the same ones each time.
+    """
+    devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    python_state = random.getstate()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+        torch.random.manual_seed(0)
+        random.seed(0)
+        stack.callback(random.setstate, python_state)
+        stack.enter_context(evaluation(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(decomposed())
+        for device in {"cpu", *(device.type for device in devices)}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        inputs = to_double((tuple(args), dict(kwargs)))
+        with DoublePrecision():
+            outputs = flatten(call(*inputs[0], **inputs[1]))
+        for buffer, before in buffers:
+            if buffer.shape == before.shape:
+                buffer.copy_(before)
+    return outputs
+
+
+def check_reference(outputs: Outputs) -> None:
+    """Raise SurgeryError where a comparison with ``outputs`` would say nothing."""
+    if not any(not output.internal for output in outputs.values()):
+        raise SurgeryError(
+            "Expected the example call to return a tensor, but it returns none, so a removal cannot be verified."
+        )
+    for path, output in outputs.items():
+        if output.tensor.is_floating_point() and bool(output.tensor.isnan().any()):
+            raise SurgeryError(
+                f"Expected finite outputs of the example call, but {path} holds NaN before anything is removed. "
+                "Check the weights and the example."
+            )
+
+
+def difference(reference: Outputs, outputs: Outputs) -> float:
+    """Largest over the outputs of max |difference| / max(1, max |reference|).
+
+    Equal infinities (masked scores) count as equal; an integer or boolean output that differs anywhere counts as 1.
+
+    Raises:
+        Mismatch: if an output is missing or has another shape, or holds NaN where the reference does not.
+    """
+    worst = 0.0
+    for path, expected in reference.items():
+        if path not in outputs:
+            if expected.internal:
+                continue
+            raise Mismatch(f"{path} is missing")
+        a, b = expected.tensor, outputs[path].tensor
+        if a.shape != b.shape:
+            if expected.internal:
+                continue
+            raise Mismatch(f"{path} has shape {tuple(b.shape)} instead of {tuple(a.shape)}")
+        if not a.numel():
+            continue
+        if not (a.is_floating_point() or a.is_complex()):
+            worst = max(worst, float(not torch.equal(a, b)))
+            continue
+        gap = torch.where(a == b, torch.zeros_like(a), a - b).abs()
+        if bool(gap.isnan().any()):
+            raise Mismatch(f"{path} holds NaN")
+        magnitude = torch.where(a.isinf(), torch.zeros_like(a), a).abs().max()
+        worst = max(worst, float(gap.max()) / max(1.0, float(magnitude)))
+    return worst

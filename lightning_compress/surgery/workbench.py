@@ -1,0 +1,429 @@
+"""The search for a way to remove: every attempt is compared with the zeroed model, in float64, and rolled back.
+
+    reference = outputs of the model with the units zeroed
+    attempt   = outputs of the model with the units cut out and some edits made
+    a way     = the first edits with max |attempt - reference| / max(1, max |reference|) <= tolerance
+
+Attempts run on the innermost module that holds the structure, with the inputs that it had in the reference run; what
+was found is confirmed on the whole model, all structures together.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_compress.polynomials import Polynomial
+from lightning_compress.structures import AttributeEdit, Edit, ShimEdit, Structure
+from lightning_compress.surgery.attributes import (
+    Candidate,
+    anchor,
+    candidates,
+    core_edits,
+    is_inside,
+    owner_path,
+    selections,
+)
+from lightning_compress.surgery.edits import Removal, faced_side, install, shim_dim, zeroed_axes
+from lightning_compress.surgery.precision import add_tiled, to_double, zero_positions
+from lightning_compress.surgery.slicing import is_torch_layer, named_tensors
+from lightning_compress.surgery.transaction import Transaction
+from lightning_compress.surgery.verify import Mismatch, Outputs, check_reference, difference, flatten, run
+
+# Forward passes that the search for the attributes of one structure may take, per place where it looks.
+ATTEMPTS = 64
+NO_INFLUENCE = "its weights do not influence the outputs of the traced call, so that nothing can be verified"
+
+
+@dataclass(frozen=True)
+class Found:
+    """How a structure goes.
+
+    Args:
+        structure: with ``tier`` and ``edits`` filled in.
+        keys: keys of the candidates that were needed, to replay them on a look-alike.
+    """
+
+    structure: Structure
+    keys: tuple[tuple[Any, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a module was called with in the reference run, and what it returned."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: Outputs
+
+
+class Workbench:
+    """Attempts at the removal of units from one model. The model must be in double precision for its whole life
+    (``DoubleWeights``).
+
+    Args:
+        model: the model.
+        structures: all structures that are known of it.
+        removals: those that lose units.
+        args: positional arguments of the example call.
+        kwargs: its keyword arguments.
+        tolerance: largest error that counts as equal.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structures: Iterable[Structure],
+        removals: Sequence[Removal],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        tolerance: float,
+    ) -> None:
+        self.model = model
+        self.structures = {s.name: s for s in structures}
+        self.removals = {r.structure.name: r for r in removals}
+        self.counts = {s.name: float(s.units) for s in self.structures.values()}
+        self.tolerance = tolerance
+        self.modules = dict(model.named_modules())
+        self.tensors = named_tensors(model)
+        self._args, self._kwargs = tuple(args), dict(kwargs)
+        self._calls: dict[str, Call] = {}
+        self._trusted: dict[str, bool] = {}
+
+        zero_positions(self.tensors, zeroed_axes(removals))
+        self.reference = self._watched_run({anchor(r.structure) for r in removals if r.structure.tier is None})
+        check_reference(self.reference)
+
+    # Runs
+
+    def _watched_run(self, anchors: set[str]) -> Outputs:
+        """Outputs of the whole model; the first call of every anchor is kept."""
+        handles = []
+        inputs: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        for path in anchors - {""}:
+
+            def before(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                if path not in inputs:
+                    inputs[path] = to_double((args, kwargs))  # a copy: the forward may write into its inputs
+
+            def after(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+                if path not in self._calls:
+                    outputs = {k: replace(o, tensor=o.tensor.clone()) for k, o in flatten(output).items()}
+                    self._calls[path] = Call(*inputs[path], outputs)
+
+            module = self.modules[path]
+            handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_hook(after, with_kwargs=True))
+        try:
+            return run(self.model, self.model, self._args, self._kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _compare(self, path: str) -> float:
+        """Error of the model as it is now at the anchor ``path``, "" for the whole model."""
+        if not path:
+            return difference(self.reference, run(self.model, self.model, self._args, self._kwargs))
+        call = self._calls[path]
+        return difference(call.outputs, run(self.modules[path], self.model, call.args, call.kwargs))
+
+    def _place_to_try(self, structure: Structure) -> str:
+        """The anchor of ``structure`` if it can be run alone, else the whole model."""
+        path = anchor(structure)
+        if path not in self._calls or not self._calls[path].outputs:
+            return ""
+        if path not in self._trusted:
+            try:
+                self._trusted[path] = self._compare(path) <= self.tolerance
+            except Exception:  # whatever goes wrong in foreign code: the module cannot be run alone
+                self._trusted[path] = False
+        return path if self._trusted[path] else ""
+
+    def error_of(self, removals: Sequence[Removal], path: str = "") -> float:
+        """Error with ``removals`` carried out; everything is rolled back. Raises what the forward or the edits raise."""
+        names = {r.structure.name for r in removals}
+        bystanders = [s for s in self.structures.values() if s.name not in names]
+        transaction = Transaction(self.modules.values())
+        try:
+            install(self.model, removals, self.tensors, bystanders, gradients=False)
+            return self._compare(path)
+        finally:
+            transaction.rollback()
+
+    def attempt(self, removals: Sequence[Removal], path: str = "") -> str | None:
+        """None if ``removals`` leave the outputs equal, else the reason in words."""
+        try:
+            error = self.error_of(removals, path)
+        except Mismatch as mismatch:
+            return str(mismatch)
+        except Exception as failure:  # the user's forward may raise anything when sizes do not fit
+            return f"{type(failure).__name__}: {' '.join(str(failure).split())[:160]}"
+        return None if error <= self.tolerance else f"the outputs differ by {error:.1e}"
+
+    def influences(self, structure: Structure) -> bool:
+        """Whether the weights that read (or, for Q/K dims, make) the units of ``structure`` have a say in what its
+        anchor returns.
+
+        All units are asked together: a single one may be dead on the example, and removing it is none the worse for
+        that.
+        """
+        path = self._place_to_try(structure)
+        saved = {piece.parameter: self.tensors[piece.parameter].data for piece in structure.slices if piece.zero}
+        noise = torch.randn(127, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        try:
+            for name, data in saved.items():
+                add_tiled(noise.to(data.device), changed := data.clone())
+                self.tensors[name].data = changed
+            return self._compare(path) > self.tolerance
+        except Mismatch:
+            return True
+        finally:
+            for name, data in saved.items():
+                self.tensors[name].data = data
+
+    # The search
+
+    def find(self, removal: Removal) -> Found | str:
+        """The first way in which ``removal`` goes alone, or the reasons why none does."""
+        place = self._place_to_try(removal.structure)
+        if not self.influences(removal.structure):
+            return NO_INFLUENCE
+        native = self._find_native(removal, place)
+        if isinstance(native, Found):
+            return native
+        shim = self._find_shim(removal, place)
+        return shim if isinstance(shim, Found) else f"native removal: {native}; scatter/gather shim: {shim}"
+
+    def as_like(self, found: Found, removal: Removal) -> Removal | None:
+        """``removal`` in the way that was found for a look-alike, or None where it has no such candidates."""
+        assert found.structure.tier is not None
+        if found.structure.tier == "shim":
+            base: tuple[Edit, ...] | str = self._shim_edits(removal.structure)
+            if isinstance(base, str):
+                return None
+        else:
+            base = core_edits(removal.structure, self.modules)
+        chosen: list[Candidate] = []
+        for holders in (False, True):
+            if any(("." in key[3]) == holders for key in found.keys):
+                mine = {c.key: c for c in candidates(removal, self.modules, self.counts, holders=holders)}
+                wanted = [key for key in found.keys if ("." in key[3]) == holders]
+                if any(key not in mine for key in wanted):
+                    return None
+                chosen += [mine[key] for key in wanted]
+        return _edited(removal, found.structure.tier, base, chosen)
+
+    def _find_native(self, removal: Removal, place: str) -> Found | str:
+        base = core_edits(removal.structure, self.modules)
+        plain = candidates(removal, self.modules, self.counts)
+        inner = [c for c in plain if all(is_inside(path, place) for path in c.modules)]
+        pools: list[tuple[str, list[Candidate]]] = [(place, inner)]
+        if len(inner) < len(plain):
+            pools.append(("", plain))
+        deep = candidates(removal, self.modules, self.counts, holders=True)
+        if deep:
+            local = all(is_inside(path, place) for c in deep for path in c.modules)
+            pools.append((place if local else "", inner + deep))
+        return self._search(removal, "native", base, pools)
+
+    def _find_shim(self, removal: Removal, place: str) -> Found | str:
+        base = self._shim_edits(removal.structure)
+        if isinstance(base, str):
+            return base
+        shimmed = {edit.module for edit in base}
+        own = [c for c in candidates(removal, self.modules, self.counts) if all(path in shimmed for path in c.modules)]
+        return self._search(removal, "shim", base, [(place, own)])
+
+    def _shim_edits(self, structure: Structure) -> tuple[ShimEdit, ...] | str:
+        edits: dict[ShimEdit, None] = {}
+        for piece in structure.slices:
+            path = owner_path(piece.parameter)
+            module = self.modules[path]
+            sides = faced_side(module, piece)
+            if (
+                not sides
+                or any(True for _ in module.children())
+                or isinstance(module, nn.MultiheadAttention | nn.RNNBase)
+            ):
+                return f"{piece.parameter!r} belongs to no layer whose output or input carries the units"
+            for side in sides:
+                edits.setdefault(ShimEdit(path, side, shim_dim(module)))  # type: ignore[arg-type]
+        return tuple(edits)
+
+    def _search(
+        self, removal: Removal, tier: str, base: tuple[Edit, ...], pools: Sequence[tuple[str, list[Candidate]]]
+    ) -> Found | str:
+        reasons: Counter[str] = Counter()
+        for number, (place, pool) in enumerate(pools):
+            for selection in selections(pool, ATTEMPTS):
+                if number and not selection:
+                    continue
+                reason = self.attempt([_edited(removal, tier, base, selection)], place)
+                if reason is not None:
+                    reasons[reason] += 1
+                    continue
+                needed = list(selection)
+                for candidate in selection:
+                    fewer = [c for c in needed if c is not candidate]
+                    if self.attempt([_edited(removal, tier, base, fewer)], place) is None:
+                        needed = fewer
+                way = _edited(removal, tier, base, needed)
+                if place and self._shared_beyond(removal.structure, place) and self.attempt([way]) is not None:
+                    continue
+                return Found(way.structure, tuple(c.key for c in needed))
+        return f"{reasons.most_common(1)[0][0]} ({sum(reasons.values())} attempts)"
+
+    def _shared_beyond(self, structure: Structure, place: str) -> bool:
+        """Whether a module outside ``place`` holds a tensor of ``structure``, so that a run of ``place`` alone proves little."""
+        touched = {id(self.tensors[name]) for name in structure.parameters}
+        return any(id(tensor) in touched and not is_inside(name, place) for name, tensor in self.tensors.items())
+
+    # All structures together
+
+    def resolve(self) -> tuple[dict[str, Removal], dict[str, str]]:
+        """For every removal a way that works together with all the others; and the reasons for those without one."""
+        ways = {name: r for name, r in self.removals.items() if r.structure.tier is not None}
+        failures: dict[str, str] = {}
+        groups: dict[Any, list[Removal]] = {}
+        for removal in self.removals.values():
+            if removal.structure.tier is None:
+                groups.setdefault(self._signature(removal.structure), []).append(removal)
+        for group in groups.values():
+            self._resolve_group(group, ways, failures)
+        ways = harmonised(ways)
+        if ways and self.attempt(list(ways.values())) is not None:
+            self._resolve_one_by_one(ways, failures)
+        return frozen_shims(ways), failures
+
+    def _resolve_group(self, group: Sequence[Removal], ways: dict[str, Removal], failures: dict[str, str]) -> None:
+        found: Found | None = None
+        refusals: Counter[str] = Counter()
+        for removal in group:
+            name = removal.structure.name
+            way = None if found is None else self.as_like(found, removal)
+            if way is not None:
+                if self.influences(removal.structure):
+                    ways[name] = way
+                else:
+                    failures[name] = NO_INFLUENCE
+                continue
+            if refusals and max(refusals.values()) > 1:  # look-alikes failed alike: the others would, too
+                failures[name] = refusals.most_common(1)[0][0]
+                continue
+            result = self.find(removal)
+            if isinstance(result, Found):
+                found = result
+                ways[name] = replace(removal, structure=result.structure)
+            else:
+                failures[name] = result
+                refusals[result] += result != NO_INFLUENCE
+
+    def _resolve_one_by_one(self, ways: dict[str, Removal], failures: dict[str, str]) -> None:
+        """Add structures one after the other; one that does not fit gets another way, or goes to ``failures``."""
+        pending, accepted = dict(ways), {}
+        for name, way in pending.items():
+            reason = self.attempt(list(harmonised({**accepted, name: way}).values()))
+            if reason is not None:
+                reason, way = self._other_way(way, accepted, reason)
+            if reason is None:
+                accepted[name] = way
+            else:
+                failures[name] = reason
+        ways.clear()
+        ways.update(harmonised(accepted))
+
+    def _other_way(self, way: Removal, accepted: dict[str, Removal], reason: str) -> tuple[str | None, Removal]:
+        bare = replace(way, structure=replace(way.structure, tier=None, edits=()))
+        place = self._place_to_try(bare.structure)
+        searches: list[Callable[[Removal, str], Found | str]] = [self._find_shim]
+        if way.structure.name in self.removals and self.removals[way.structure.name].structure.tier is not None:
+            searches.insert(0, self._find_native)  # its edits came from elsewhere: look for them here, too
+        for search in searches:
+            found = search(bare, place)
+            if isinstance(found, str):
+                continue
+            other = replace(bare, structure=found.structure)
+            if self.attempt(list(harmonised({**accepted, way.structure.name: other}).values())) is None:
+                return None, other
+        return f"it does not fit together with the other structures: {reason}", way
+
+    def _signature(self, structure: Structure) -> Any:
+        variables: dict[str, str] = {structure.name: "own"}
+        for size in structure.sizes:
+            for key, _ in size:
+                for name in key:
+                    variables.setdefault(name, f"v{len(variables)}")
+        sizes = tuple(
+            tuple(sorted((tuple(sorted(variables[n] for n in key)), c) for key, c in size)) for size in structure.sizes
+        )
+        pieces = tuple(
+            (p.axis, p.size, p.role, p.zero, tuple(p.indices.shape), type(self.modules[owner_path(p.parameter)]))
+            for p in structure.slices
+        )
+        return structure.kind, structure.units, pieces, sizes
+
+
+def _edited(removal: Removal, tier: str, base: Sequence[Edit], chosen: Iterable[Candidate]) -> Removal:
+    edits = (*base, *(edit for candidate in chosen for edit in candidate.edits()))
+    return replace(removal, structure=replace(removal.structure, tier=tier, edits=edits))  # type: ignore[arg-type]
+
+
+def harmonised(ways: Mapping[str, Removal]) -> dict[str, Removal]:
+    """One size for an attribute that several structures change.
+
+    Alone, the removal of heads cannot tell heads * qk_dim from heads * vo_dim; that of V/O dims can. Where structures
+    name different sizes for one attribute, the size that depends on all of them is meant.
+    """
+    claims: dict[tuple[str, str], dict[Polynomial, set[str]]] = {}
+    for name, way in ways.items():
+        for edit in way.structure.edits:
+            if isinstance(edit, AttributeEdit):
+                claims.setdefault((edit.module, edit.attribute), {}).setdefault(edit.size, set()).add(name)
+    common: dict[tuple[str, str], Polynomial] = {}
+    for place, sizes in claims.items():
+        claimants = frozenset().union(*sizes.values())
+        fitting = [size for size in sizes if claimants <= size.variables]
+        if len(sizes) > 1 and fitting:
+            common[place] = fitting[0]
+    return {
+        name: _with_edits(
+            way,
+            (
+                replace(edit, size=common[edit.module, edit.attribute])
+                if isinstance(edit, AttributeEdit) and (edit.module, edit.attribute) in common
+                else edit
+                for edit in way.structure.edits
+            ),
+        )
+        for name, way in ways.items()
+    }
+
+
+def frozen_shims(ways: Mapping[str, Removal]) -> dict[str, Removal]:
+    """Sizes between sliced weights with the counts of shimmed structures as constants: that width stays whatever is removed."""
+    constants = {name: float(w.structure.units) for name, w in ways.items() if w.structure.tier == "shim"}
+    shimmed = {e.module for w in ways.values() for e in w.structure.edits if isinstance(e, ShimEdit)}
+    return {
+        name: _with_edits(
+            way,
+            (
+                replace(edit, size=edit.size.substitute(constants))
+                if isinstance(edit, AttributeEdit) and edit.module not in shimmed
+                else edit
+                for edit in way.structure.edits
+            ),
+        )
+        for name, way in ways.items()
+    }
+
+
+def _with_edits(removal: Removal, edits: Iterable[Edit]) -> Removal:
+    return replace(removal, structure=replace(removal.structure, edits=tuple(edits)))
+
+
+__all__ = ["ATTEMPTS", "Found", "Workbench", "frozen_shims", "harmonised", "is_torch_layer"]
