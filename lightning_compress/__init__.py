@@ -1,0 +1,83 @@
+"""Structured compression for PyTorch Lightning: one ``trainer.fit`` from a dense model to a smaller, faster one.
+
+The callbacks are imported when they are first used, so that everything else works without Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_compress.analysis import discover, explain
+from lightning_compress.budget import BudgetWarning, kept_fraction, make_plan, select
+from lightning_compress.distillation_losses import logits_kl, output_mse
+from lightning_compress.importance import TaylorAccumulator, unit_norms, unit_scores
+from lightning_compress.plan import PruningPlan
+from lightning_compress.polynomials import Polynomial
+from lightning_compress.regularizers import (
+    block_group_lasso,
+    group_lasso,
+    group_lasso_factors,
+    hoyer_square,
+    hoyer_square_factors,
+    trimmed_group_lasso,
+    trimmed_group_lasso_factors,
+)
+from lightning_compress.report import CompressionReport, count_parameters, file_size, measure_latency
+from lightning_compress.structures import KINDS, Slice, Structure, Structures
+from lightning_compress.surgery import SurgeryError, SurgeryReport, apply_plan, zero_units
+from lightning_compress.unit_groups import UnitGroups
+
+if TYPE_CHECKING:
+    from lightning_compress.callbacks import Distillation, FinalizeCompression, StructuredSparsity
+
+__version__ = "0.1.0"
+
+_CALLBACKS = ("Distillation", "FinalizeCompression", "StructuredSparsity")
+
+__all__ = [
+    "KINDS",
+    "BudgetWarning",
+    "CompressionReport",
+    "Distillation",
+    "FinalizeCompression",
+    "Polynomial",
+    "PruningPlan",
+    "Slice",
+    "Structure",
+    "StructuredSparsity",
+    "Structures",
+    "SurgeryError",
+    "SurgeryReport",
+    "TaylorAccumulator",
+    "UnitGroups",
+    "apply_plan",
+    "block_group_lasso",
+    "count_parameters",
+    "discover",
+    "explain",
+    "file_size",
+    "group_lasso",
+    "group_lasso_factors",
+    "hoyer_square",
+    "hoyer_square_factors",
+    "kept_fraction",
+    "logits_kl",
+    "make_plan",
+    "measure_latency",
+    "output_mse",
+    "select",
+    "trimmed_group_lasso",
+    "trimmed_group_lasso_factors",
+    "unit_norms",
+    "unit_scores",
+    "zero_units",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CALLBACKS:
+        return getattr(import_module("lightning_compress.callbacks"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_CALLBACKS})

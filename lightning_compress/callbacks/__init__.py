@@ -1,0 +1,7 @@
+"""Thin adapters to Lightning: they decide *when*; what happens is a function elsewhere."""
+
+from lightning_compress.callbacks.distillation import Distillation
+from lightning_compress.callbacks.finalize_compression import FinalizeCompression
+from lightning_compress.callbacks.structured_sparsity import StructuredSparsity
+
+__all__ = ["Distillation", "FinalizeCompression", "StructuredSparsity"]

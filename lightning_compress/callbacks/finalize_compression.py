@@ -1,0 +1,381 @@
+"""FinalizeCompression: removes what the budget does not keep, in the middle of the fit, and reports what came out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from lightning_compress.budget import Metric, PerStructure, make_plan, select
+from lightning_compress.callbacks.moments import FitLength, Moment
+from lightning_compress.callbacks.session import CompressionSession
+from lightning_compress.importance import Importance, TaylorAccumulator, unit_scores
+from lightning_compress.plan import PruningPlan
+from lightning_compress.report import CompressionReport, Latency, StructureCount, count_parameters, file_size, measure_latency
+from lightning_compress.schedules import Shape, ramp
+from lightning_compress.structures import Structures, check_kinds
+from lightning_compress.surgery import SurgeryReport, apply_plan
+
+
+class FinalizeCompression(Callback):
+    """Removes units until a fraction of one cost is left, at a moment of the fit; training goes on with the smaller model.
+
+    Removal happens right after an optimizer step. The Parameter objects, the optimizers with their state, and the schedulers stay:
+    everything that has the shape of a parameter is cut with it. The smaller model is verified against the model with the removed units
+    set to zero, and if anything does not fit, nothing is changed. After the fit the LightningModule *is* the small model.
+
+    Beside a `StructuredSparsity` this removes the units that it has driven to zero; alone it prunes by importance.
+
+    Args:
+        macs: kept fraction of the multiply-accumulates of the prunable part, in (0, 1]; or
+        params: kept fraction of its parameters; or
+        units: kept fraction of the number of units. Exactly one of the three.
+        at: moment of the removal as a fraction of the fit, in (0, 1]; or
+        at_epoch: after so many epochs; or
+        at_step: after so many optimizer steps. Default: ``at=0.6``.
+        rounds: remove in so many rounds, evenly spaced from the start of sparsifying (or of the fit) to the moment above.
+        schedule: shape of the budget's way over the rounds.
+        importance: how units are ranked: "norm", "taylor" (first-order, averaged over training steps) or a function of (model,
+            structure). Default: as the `StructuredSparsity` beside it ranks, else "norm".
+        per_layer: keep the same fraction of units in every structure of a kind, instead of ranking over all of them.
+        round_to: kept counts are multiples of this; a number, or numbers by kind or structure name.
+        min_units: every structure keeps at least so many units; likewise.
+        kinds: kinds of structures to remove, in addition to those of `StructuredSparsity`. Default without one: ("head", "ffn").
+        report: whether to measure latency and file size, and to print the report.
+        module: dotted name of the sub-module to compress. Default: found from the first step.
+
+    Attributes:
+        plan: what was removed, in the coordinates of the original model; None before.
+        report: the numbers; None before the last removal, or with ``report=False``.
+        surgery_reports: what each removal did.
+
+    Raises:
+        ValueError: for contradicting arguments or values out of range; at the start of the fit, if the moment does not come in it;
+            when structures have been discovered, if there are none or the budget lies below the floors; at the removal, if the loss or
+            a weight is not finite.
+    """
+
+    def __init__(
+        self,
+        macs: float | None = None,
+        params: float | None = None,
+        units: float | None = None,
+        at: float | None = None,
+        at_epoch: int | None = None,
+        at_step: int | None = None,
+        rounds: int = 1,
+        schedule: Shape = "cubic",
+        importance: Importance | None = None,
+        per_layer: bool = False,
+        round_to: PerStructure | None = None,
+        min_units: PerStructure = 1,
+        kinds: Sequence[str] | None = None,
+        report: bool = True,
+        module: str | None = None,
+    ) -> None:
+        self.metric, self.fraction = _one_target(macs, params, units)
+        self.moment = Moment(0.6 if at is None and at_epoch is None and at_step is None else at, at_epoch, at_step)
+        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+            raise ValueError(f"Expected rounds to be an integer of at least 1, but got {rounds!r}.")
+        if importance is not None and importance not in ("norm", "taylor") and not callable(importance):
+            raise ValueError(f"Expected importance to be 'norm', 'taylor' or a function, but got {importance!r}.")
+        ramp(0.0, shape=schedule)  # an unknown schedule is refused now, not at the first round
+        self.rounds = rounds
+        self.schedule: Shape = schedule
+        self.importance = importance
+        self.per_layer = per_layer
+        self.round_to = round_to
+        self.min_units = min_units
+        self.kinds = None if kinds is None else check_kinds(kinds)
+        self.wants_report = report
+        self.module = module
+        self.report: CompressionReport | None = None
+        self.surgery_reports: list[SurgeryReport] = []
+        self._session: CompressionSession | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self.report = None
+        self.surgery_reports = []
+        self.skipped = False
+        self._done = 0
+        self._length: FitLength | None = None
+        self._start = 0.0
+        self._last_step = 0
+        self._taylor: TaylorAccumulator | None = None
+        self._dense: nn.Module | None = None
+        self._before: tuple[int, int] = (0, 0)
+
+    @property
+    def state_key(self) -> str:
+        """Tells instances apart by their target and moment."""
+        return self._generate_state_key(**{self.metric: self.fraction}, moment=str(self.moment), rounds=self.rounds)
+
+    @property
+    def plan(self) -> PruningPlan | None:
+        """What was removed, in the coordinates of the original model; None before the first removal."""
+        return None if self._session is None else self._session.plan
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last removal has happened."""
+        return self._done >= self.rounds
+
+    # What StructuredSparsity asks
+
+    def options(self, target: Mapping[Metric, float]) -> dict[str, Any]:
+        """Arguments of ``budget.select`` and ``make_plan``: a target and what else the plan must respect."""
+        return {**target, "round_to": self.round_to, "min_units": self.min_units, "per_layer": self.per_layer}
+
+    def next_position(self, start: float) -> float:
+        """Position of the next removal on the way from 0 (begin of the fit) to 1 (the last removal), if sparsifying starts at
+        ``start``.
+        """
+        return start + (1 - start) * min(1.0, (self._done + 1) / self.rounds)
+
+    # Hooks, in the order in which the Trainer calls them
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Join the other compression callbacks of this fit."""
+        if stage != "fit":
+            return
+        self._reset()
+        session = self._session = CompressionSession.join(pl_module, self)
+        if session.finalizer is not None:
+            raise ValueError(
+                "Expected one FinalizeCompression in a Trainer, but got two. To remove in several rounds, use rounds=...: "
+                f"FinalizeCompression({self.metric}={self.fraction:g}, {self.moment}, rounds=2)."
+            )
+        session.finalizer = self
+        if any(isinstance(c, WeightAveraging) for c in trainer.callbacks):
+            raise ValueError(
+                "Expected no WeightAveraging beside FinalizeCompression: it averages the weights of the large model with those of "
+                "the small one. Fine-tune with it in a fit of its own, after this one."
+            )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that the moment of the removal comes in this fit."""
+        session = self._joined()
+        session.watch(pl_module)
+        self._length = FitLength.of(trainer)
+        if trainer.fast_dev_run and self.moment.at is None:
+            self.skipped = True
+            rank_zero_warn(
+                f"fast_dev_run: FinalizeCompression({self.moment}) skips the removal and its report, which come later than the "
+                f"{trainer.fast_dev_run} batch(es) of this run. FinalizeCompression(at=0.6) would remove in it."
+            )
+            return
+        self.moment.check(self._length, "FinalizeCompression")
+        starts = [self.moment.position_of_fraction(c.start, self._length) for c in session.sparsities]
+        self._start = min(starts, default=0.0)
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Discover the structures with the sanity-validation batch, if there was one, and check the budget against them."""
+        if self._joined().ensure_structures(trainer, pl_module):
+            self._check_budget()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember where the fit begins."""
+        self._last_step = trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Read gradients, if they rank the units."""
+        session = self._joined()
+        if self.importance != "taylor" or session.structures is None or self.finished or self.skipped:
+            return
+        if self._taylor is None or tuple(self._taylor.structures) != tuple(session.structures):
+            assert session.traced is not None
+            self._taylor = TaylorAccumulator(session.traced, session.structures, decay=0.99)
+        self._taylor.update()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remove, when the moment has come and the optimizer has stepped."""
+        session = self._joined()
+        if self.finished or self.skipped:
+            return
+        first = session.structures is None or batch_idx == 0
+        session.require_structures(trainer, pl_module)
+        if first and self._done == 0:
+            self._check_budget()
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        assert self._length is not None
+        position = self.moment.position(trainer, self._length)
+        # rounds that fall on the same step, in a very short fit, are one
+        due = False
+        while not self.finished and position >= self.next_position(self._start) - 1e-9:
+            self._done += 1
+            due = True
+        if due:
+            _check_finite(session, outputs, trainer.global_step)
+            self._remove(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if the fit ended before the removal."""
+        if not self.finished and not self.skipped:
+            rank_zero_warn(
+                f"The fit ended after {trainer.global_step} optimizer steps, before FinalizeCompression({self.moment}) had made "
+                f"{'its removal' if self.rounds == 1 else f'all of its {self.rounds} removals'}: the model is not as small as asked. "
+                "Train longer, remove earlier, or let early stopping begin after the removal."
+            )
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave nothing behind when the fit breaks off."""
+        self._leave()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave nothing behind after the fit."""
+        if stage == "fit":
+            self._leave()
+
+    # What happens in them
+
+    def _joined(self) -> CompressionSession:
+        assert self._session is not None, "setup has not been called"
+        return self._session
+
+    def _leave(self) -> None:
+        if self._session is not None:
+            self._session.close()
+        self._dense = None
+        self._taylor = None
+
+    def _check_budget(self) -> None:
+        """Raise ValueError now, not after hours of training, if the target lies below the floors."""
+        structures = self._joined().structures
+        assert structures is not None
+        if self._joined().version == 0:
+            uniform = {s.name: torch.ones(s.units, dtype=torch.float64) for s in structures}
+            select(structures, uniform, **self.options({self.metric: self.fraction}))
+
+    def scores(self) -> dict[str, Tensor]:
+        """Score of every unit, by which the removal chooses."""
+        session = self._joined()
+        assert session.traced is not None and session.structures is not None
+        if self.importance is None and session.sparsities:
+            return session.sparsities[0].scores()
+        if self.importance == "taylor":
+            if self._taylor is None:
+                raise ValueError(
+                    "Expected gradients before the removal for importance='taylor', but there was no optimizer step after the "
+                    "structures were discovered. Remove later, or use importance='norm'."
+                )
+            return self._taylor.scores()
+        return unit_scores(session.traced, session.structures, self.importance or "norm")
+
+    def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        session = self._joined()
+        assert session.traced is not None and session.example is not None and session.structures is not None
+        for sparsity in session.sparsities:
+            sparsity.apply_pending()
+        for prepare in session.before_removal:
+            prepare()
+        if session.version == 0:
+            self._before = (count_parameters(session.traced), file_size(session.traced) if self.wants_report else 0)
+            if self.wants_report and self._dense is None:
+                self._dense = copy.deepcopy(session.traced)
+        target = ramp(self._done / self.rounds, begin_value=1.0, end_value=self.fraction, shape=self.schedule)
+        target = session.fraction_of_now(target, self.metric)
+        options = self.options({self.metric: target})
+        plan = make_plan(session.traced, session.structures, scores=self.scores(), **options)
+        # surgery computes in float64 and on copies of the inputs: no autocast, no inference mode around it
+        with torch.autocast(pl_module.device.type, enabled=False):
+            verify = (session.example.args, session.example.kwargs)
+            done = apply_plan(session.traced, plan, optimizers=trainer.optimizers, verify=verify)
+        session.removed(done.plan)
+        self.surgery_reports.append(done)
+        self._taylor = None
+        if self.finished:
+            self.report = self._make_report(trainer, pl_module) if self.wants_report else None
+            self._dense = None
+            if self.report is not None:
+                pl_module.print(str(self.report))
+                if trainer.logger is not None:
+                    for logger in trainer.loggers:
+                        logger.log_metrics(self.report.metrics(), step=trainer.global_step)
+
+    def _make_report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> CompressionReport:
+        session = self._joined()
+        dense, structures = session.dense, session.structures
+        assert dense is not None and structures is not None and session.traced is not None
+        assert session.example is not None and session.batch is not None
+        examples = session.example.size or 1
+        names = {s.name for s in dense}
+        part = dense.macs.restrict(names)
+        latency: dict[str, tuple[Latency, Latency]] = {}
+        if self._dense is not None:
+            calls = {f"batch of {c.size}" if c.size else "one call": c for c in (session.example, session.batch)}
+            for what, call in calls.items():
+                times = measure_latency(
+                    {"before": self._dense, "after": session.traced},
+                    call.args,
+                    call.kwargs,
+                    max_seconds=1.5,
+                    context=trainer.precision_plugin.forward_context(),
+                )
+                latency[what] = (times["before"], times["after"])
+        return CompressionReport(
+            params=(self._before[0], count_parameters(session.traced)),
+            macs=(dense.macs.evaluate(dense.counts) / examples, dense.macs.evaluate(structures.counts) / examples),
+            prunable_macs=(part.evaluate(dense.counts) / examples, part.evaluate(structures.counts) / examples),
+            bytes=(self._before[1], file_size(session.traced)),
+            structures=tuple(
+                StructureCount(s.name, s.kind, s.units, structures.counts[s.name], s.tier) for s in dense
+            ),
+            error=max(_error(r) for r in self.surgery_reports),
+            latency=latency,
+            pinned=len(dense.pinned),
+            module=session.traced_name,
+            step=trainer.global_step,
+        )
+
+
+def _one_target(macs: float | None, params: float | None, units: float | None) -> tuple[Metric, float]:
+    given: dict[Metric, float] = {}
+    for metric, value in (("macs", macs), ("params", params), ("units", units)):
+        if value is not None:
+            given[metric] = value  # type: ignore[index]
+    if len(given) != 1:
+        raise ValueError(
+            f"Expected exactly one target among macs, params and units, but got {', '.join(f'{k}={v}' for k, v in given.items()) or 'none'}. "
+            "For example: FinalizeCompression(macs=0.4)."
+        )
+    ((metric, fraction),) = given.items()
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        raise ValueError(
+            f"Expected {metric}, the fraction that is kept, to be in (0, 1], but got {fraction!r}. To keep 40 %: {metric}=0.4."
+        )
+    return metric, float(fraction)
+
+
+def _check_finite(session: CompressionSession, outputs: Any, step: int) -> None:
+    """Raise ValueError if training has diverged: removing units from such a model would hide it."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    for value in pytree.tree_leaves(loss):
+        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"Expected a finite loss when units are removed, but it is {float(value.float().mean())} after {step} optimizer "
+                "steps: training has diverged. Nothing was removed. Lower the learning rate or the strength."
+            )
+    for name, parameter in session.parameters().items():
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            raise ValueError(
+                f"Expected finite weights when units are removed, but {name!r} holds NaN or infinity after {step} optimizer steps: "
+                "training has diverged. Nothing was removed. Lower the learning rate or the strength."
+            )
+
+
+def _error(report: SurgeryReport) -> float:
+    """The larger of the errors on the true and on perturbed weights."""
+    return max(report.error or 0.0, report.perturbed_error or 0.0)

@@ -1,0 +1,101 @@
+"""Watching optimizers: which of them really stepped, how often, and with which learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+GroupKey = tuple[int, int]  # number of the optimizer, number of its parameter group
+
+
+class OptimizerSteps:
+    """Counts the real steps of optimizers and sums up the learning rate of each parameter group over them.
+
+    A hook on the optimizer itself sees exactly the steps that happen: not the micro-batches of gradient accumulation, not a step
+    that a gradient scaler skips, each step of each optimizer under manual optimization; and it sees the learning rate of that very
+    step, before a scheduler changes it. A decoupled regularizer shrinks by the *difference* of two readings of ``learning_rate_sum``,
+    so that steps it did not act on at once are not lost.
+
+    Attributes:
+        count: steps of all optimizers.
+        optimizers: the optimizers that are watched.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.optimizers: list[Optimizer] = []
+        self._handles: list[RemovableHandle] = []
+        self._sums: dict[GroupKey, float] = {}
+        self._rates: dict[GroupKey, float] = {}
+        self._steps: dict[int, int] = {}
+        self._owner: dict[int, GroupKey] = {}
+
+    def attach(self, optimizers: Iterable[Optimizer]) -> None:
+        """Watch ``optimizers``; those that are watched already are not watched twice.
+
+        Raises:
+            TypeError: for an optimizer that is not a ``torch.optim.Optimizer``.
+        """
+        for optimizer in optimizers:
+            if any(optimizer is known for known in self.optimizers):
+                continue
+            if not isinstance(optimizer, Optimizer):
+                raise TypeError(
+                    f"Expected optimizers to be torch.optim.Optimizer, whose steps can be observed, but got {type(optimizer).__name__}."
+                )
+            number = len(self.optimizers)
+            self.optimizers.append(optimizer)
+            self._handles.append(optimizer.register_step_post_hook(self._hook(number)))
+        self._owner.clear()
+
+    def detach(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.optimizers.clear()
+        self._owner.clear()
+
+    def _hook(self, number: int) -> Any:
+        def stepped(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # a fused optimizer under a gradient scaler is called for a step that it then skips by itself
+            found_inf = getattr(optimizer, "found_inf", None)
+            if isinstance(found_inf, Tensor) and bool(found_inf.item()):
+                return
+            self.count += 1
+            self._steps[number] = self._steps.get(number, 0) + 1
+            for group, options in enumerate(optimizer.param_groups):
+                key = (number, group)
+                self._rates[key] = float(options["lr"])
+                self._sums[key] = self._sums.get(key, 0.0) + self._rates[key]
+
+        return stepped
+
+    def owner(self, parameter: Tensor) -> GroupKey | None:
+        """Where ``parameter`` is optimized: the first optimizer and group that hold it; None if nowhere."""
+        if not self._owner:
+            for number, optimizer in enumerate(self.optimizers):
+                for group, options in enumerate(optimizer.param_groups):
+                    for p in options["params"]:
+                        self._owner.setdefault(id(p), (number, group))
+        return self._owner.get(id(parameter))
+
+    def forget_owners(self) -> None:
+        """Look the owners up anew: parameter groups may have been added."""
+        self._owner.clear()
+
+    def learning_rate_sum(self, key: GroupKey) -> float:
+        """Sum of the learning rates of all steps of the group so far."""
+        return self._sums.get(key, 0.0)
+
+    def learning_rate(self, key: GroupKey) -> float:
+        """Learning rate of the last step of the group, 0.0 before the first."""
+        return self._rates.get(key, 0.0)
+
+    def steps(self, key: GroupKey) -> int:
+        """Steps so far of the optimizer of the group."""
+        return self._steps.get(key[0], 0)

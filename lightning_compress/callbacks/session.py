@@ -1,0 +1,257 @@
+"""What the callbacks of one fit share: the traced module, an example of its call, its structures and the plan so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from weakref import WeakKeyDictionary
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+from lightning_compress.analysis import discover
+from lightning_compress.budget import Metric, kept_fraction
+from lightning_compress.callbacks.example import ExampleCall, smallest_example, undisturbed
+from lightning_compress.callbacks.optimizer_steps import OptimizerSteps
+from lightning_compress.plan import PruningPlan
+from lightning_compress.structures import KINDS, Structures, check_kinds
+
+if TYPE_CHECKING:
+    from lightning_compress.callbacks.finalize_compression import FinalizeCompression
+    from lightning_compress.callbacks.structured_sparsity import StructuredSparsity
+
+DEFAULT_KINDS = ("head", "ffn")
+
+
+class Participant(Protocol):
+    """A callback that takes part in a session."""
+
+    module: str | None
+    kinds: tuple[str, ...] | None
+
+
+class CompressionSession:
+    """Shared by `StructuredSparsity`, `FinalizeCompression` and `Distillation` during one fit of one LightningModule.
+
+    It watches the first sanity-validation or training step to learn which module is called and with what, traces that call, and
+    keeps the structures up to date when units are removed. Everything here is a function of the module, its weights and the first
+    batch's shapes, so that all processes of a distributed fit decide alike.
+
+    Attributes:
+        traced: the module that is compressed; None until its first call has been seen.
+        traced_name: its dotted name in the LightningModule, "" for the LightningModule itself.
+        batch: the first call of the traced module, all of the batch.
+        example: the same narrowed to a few examples if the module accepts that; what structures are traced and verified with.
+        structures: structures of the traced module as it is now; None until they are discovered.
+        dense: the structures as they were before anything was removed.
+        plan: everything removed so far, in the coordinates of the original model; None before the first removal.
+        version: number of removals so far; what was derived from ``structures`` is out of date when it changes.
+        steps: real steps of the optimizers, and the learning rates they were taken with.
+    """
+
+    _sessions: ClassVar[WeakKeyDictionary[pl.LightningModule, CompressionSession]] = WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self.module_name: str | None = None
+        self.traced: nn.Module | None = None
+        self.traced_name = ""
+        self.batch: ExampleCall | None = None
+        self.example: ExampleCall | None = None
+        self.structures: Structures | None = None
+        self.dense: Structures | None = None
+        self.plan: PruningPlan | None = None
+        self.version = 0
+        self.steps = OptimizerSteps()
+        self.sparsities: list[StructuredSparsity] = []
+        self.finalizer: FinalizeCompression | None = None
+        self.before_removal: list[Callable[[], None]] = []
+        self._kinds: dict[str, None] = {}
+        self._members: list[object] = []
+        self._hooks: list[Any] = []
+        self._calls: dict[str, ExampleCall] = {}
+        self._closed = False
+
+    # Membership
+
+    @classmethod
+    def join(cls, pl_module: pl.LightningModule, callback: Participant) -> CompressionSession:
+        """The session of the fit of ``pl_module`` that is being set up, with ``callback`` in it.
+
+        Raises:
+            ValueError: if the callbacks of a fit name different modules.
+        """
+        session = cls._sessions.get(pl_module)
+        if session is None or session._closed or callback in session._members:
+            session = cls._sessions[pl_module] = CompressionSession()
+        if callback.module is not None:
+            if session.module_name not in (None, callback.module):
+                raise ValueError(
+                    f"Expected the compression callbacks of a Trainer to name one module, but got {session.module_name!r} and "
+                    f"{callback.module!r}. Give all of them the same module=..., or give it to one of them only."
+                )
+            session.module_name = callback.module
+            session.traced_name = callback.module
+            session.traced = _named_module(pl_module, callback.module)
+        session._members.append(callback)
+        session._kinds.update(dict.fromkeys(check_kinds(callback.kinds) if callback.kinds is not None else ()))
+        return session
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of structures that the callbacks of this fit ask for, in the order of ``KINDS``."""
+        wanted = self._kinds or dict.fromkeys(DEFAULT_KINDS)
+        return tuple(k for k in KINDS if k in wanted)
+
+    def close(self) -> None:
+        """Let go of hooks, models and examples; the structures and the plan stay for whoever asks after the fit."""
+        self._closed = True
+        self._unwatch()
+        self.steps.detach()
+        self.batch = self.example = None
+        self._calls.clear()
+
+    # The first call
+
+    def watch(self, pl_module: pl.LightningModule) -> None:
+        """Look out for the first call of the module to be traced."""
+        if self.batch is not None or self._hooks:
+            return
+        for name, module in self.candidates(pl_module).items():
+            self._hooks.append(module.register_forward_pre_hook(self._recorder(pl_module, name), with_kwargs=True))
+
+    def candidates(self, pl_module: pl.LightningModule) -> dict[str, nn.Module]:
+        """Modules that may turn out to be the traced one: the named or found one, else the LightningModule and its children."""
+        if self.traced is not None:
+            return {self.traced_name: self.traced}
+        modules: dict[str, nn.Module] = {}
+        if is_overridden("forward", pl_module):
+            modules[""] = pl_module
+        modules.update((n, m) for n, m in pl_module.named_children() if any(True for _ in m.parameters()))
+        return modules
+
+    def _recorder(self, pl_module: pl.LightningModule, name: str) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if name not in self._calls and not is_redirected_step(module, pl_module):
+                self._calls[name] = ExampleCall.copied(args, kwargs)
+
+        return record
+
+    def _unwatch(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def resolve(self, pl_module: pl.LightningModule) -> bool:
+        """Decide, after a step, which module is traced; False while none has been called."""
+        if self.batch is not None:
+            return True
+        if not self._calls:
+            return False
+        if self.traced is None:
+            called = {n: m for n, m in self.candidates(pl_module).items() if n in self._calls}
+            # the whole if it is called; else the largest part, the first of equals
+            name = "" if "" in called else max(called, key=lambda n: sum(p.numel() for p in called[n].parameters()))
+            others = [n for n in called if n != name]
+            if name and others:
+                rank_zero_warn(
+                    f"The compression callbacks trace the sub-module {name!r}, the largest that {type(pl_module).__name__} calls "
+                    f"in a step; {others} are left whole. To compress another one, name it: module={others[0]!r}; to compress "
+                    f"them together, call them through {type(pl_module).__name__}.forward."
+                )
+            self.traced_name, self.traced = name, called[name]
+        # a compiled module computes what its original computes, and it is the original that can be taken apart
+        self.traced = getattr(self.traced, "_orig_mod", self.traced)
+        assert isinstance(self.traced, nn.Module)
+        self.batch = self._calls[self.traced_name]
+        self._unwatch()
+        self._calls.clear()
+        return True
+
+    # Structures
+
+    def ensure_structures(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Discover the structures as soon as a call has been seen; False until then.
+
+        Raises:
+            ValueError: if nothing in the traced module can be removed.
+        """
+        if self.structures is not None:
+            return True
+        if not self.resolve(pl_module):
+            return False
+        assert self.traced is not None and self.batch is not None
+        # weights are traced as they are stored: autocast would hide them behind casts
+        with torch.inference_mode(False), torch.autocast(pl_module.device.type, enabled=False):
+            self.example = smallest_example(self.traced, self.batch)
+            with undisturbed(self.traced):
+                structures = discover(self.traced, self.example.args, self.example.kwargs, kinds=self.kinds, prove=True)
+        if not len(structures):
+            raise ValueError(self._nothing_prunable(structures, pl_module))
+        self.structures = self.dense = structures
+        return True
+
+    def require_structures(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Structures:
+        """The structures, once the first training batch is over.
+
+        Raises:
+            ValueError: if no module has been called, or nothing in it can be removed.
+        """
+        if not self.ensure_structures(trainer, pl_module):
+            names = [n for n, m in pl_module.named_children() if any(True for _ in m.parameters())]
+            raise ValueError(
+                f"Expected a step of {type(pl_module).__name__} to call {self.traced_name or 'itself or one of its sub-modules'} "
+                f"(module(inputs), not module.forward(inputs)), but no call was seen. Name the module that is called, for "
+                f"example module={names[0] if names else 'model'!r}; its sub-modules are {names}."
+            )
+        assert self.structures is not None
+        return self.structures
+
+    def _nothing_prunable(self, structures: Structures, pl_module: pl.LightningModule) -> str:
+        where = self.traced_name or type(pl_module).__name__
+        message = f"Expected structures of kinds {self.kinds} in {where!r}, but found none that can be removed."
+        if structures.pinned:
+            reasons = [f"  {p.name} ({p.units} units): {' '.join(p.reasons) or 'no reason recorded'}" for p in structures.pinned[:8]]
+            more = len(structures.pinned) - len(reasons)
+            message += "\nPinned:\n" + "\n".join(reasons) + (f"\n  and {more} more" if more > 0 else "")
+        return f"{message}\nChoose other kinds, or name another part of the module: module=..."
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of the traced module by every name they have there."""
+        assert self.traced is not None
+        return dict(self.traced.named_parameters(remove_duplicate=False))
+
+    def removed(self, plan: PruningPlan) -> None:
+        """Note that ``plan``, in the coordinates of the module as it was until now, has been applied."""
+        assert self.structures is not None
+        self.structures = plan.shrunk(self.structures)
+        self.plan = plan if self.plan is None else self.plan.compose(plan)
+        self.version += 1
+
+    def fraction_of_now(self, fraction: float, metric: Metric) -> float:
+        """A kept fraction of the original prunable cost as a fraction of what is left of it now."""
+        assert self.dense is not None and self.structures is not None
+        left = kept_fraction(self.dense, self.structures.counts, metric)
+        return min(1.0, fraction / left)
+
+
+def is_redirected_step(module: nn.Module, pl_module: pl.LightningModule) -> bool:
+    """Whether this call of the LightningModule is a step that a distributed strategy sends through ``forward``."""
+    return module is pl_module and getattr(module.forward, "__name__", "") == "wrapped_forward"
+
+
+def _named_module(pl_module: pl.LightningModule, name: str) -> nn.Module:
+    if not isinstance(name, str):
+        raise TypeError(f"Expected module to be the dotted name of a sub-module, but got {type(name).__name__}.")
+    modules = dict(pl_module.named_modules())
+    if name not in modules:
+        close = get_close_matches(name, list(modules), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"Expected module to be the dotted name of a sub-module of {type(pl_module).__name__}, but got {name!r}; it has "
+            f"{[n for n, _ in pl_module.named_children()]}.{hint}"
+        )
+    return modules[name]

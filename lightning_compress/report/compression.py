@@ -1,0 +1,149 @@
+"""The report of a compression: what was there before, what is left, and how exact the removal was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning_compress.report.latency import Latency
+
+
+@dataclass(frozen=True)
+class StructureCount:
+    """What is left of one structure.
+
+    Args:
+        name: its name.
+        kind: its kind.
+        units: units before.
+        kept: units after.
+        tier: how the removal was made: "native" or "shim".
+    """
+
+    name: str
+    kind: str
+    units: int
+    kept: int
+    tier: str | None
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """Numbers before and after a removal.
+
+    Args:
+        params: parameters of the compressed module, before and after.
+        macs: multiply-accumulates of one example, before and after.
+        prunable_macs: the part of ``macs`` that lies in the structures.
+        bytes: size of the module as a safetensors file.
+        structures: what is left of each structure.
+        error: largest difference between the zeroed and the smaller model on the example, relative to the largest output:
+            max |difference| / max(1, max |reference|), in float64; over all removals.
+        latency: description of a call -> latency before and after; empty if it was not measured.
+        pinned: families of units that stay whole.
+        module: name of the compressed module.
+        step: optimizer steps taken before the last removal.
+    """
+
+    params: tuple[int, int]
+    macs: tuple[float, float]
+    prunable_macs: tuple[float, float]
+    bytes: tuple[int, int]
+    structures: tuple[StructureCount, ...]
+    error: float
+    latency: dict[str, tuple[Latency, Latency]]
+    pinned: int = 0
+    module: str = ""
+    step: int = 0
+
+    @property
+    def macs_kept(self) -> float:
+        """Kept fraction of the prunable multiply-accumulates."""
+        return self.prunable_macs[1] / self.prunable_macs[0] if self.prunable_macs[0] else 1.0
+
+    @property
+    def speedup(self) -> float | None:
+        """Measured speed-up on the last call of ``latency`` (the largest batch); None if nothing was measured."""
+        if not self.latency:
+            return None
+        before, after = list(self.latency.values())[-1]
+        return before.seconds / after.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain numbers, ready for JSON."""
+        return {**asdict(self), "macs_kept": self.macs_kept, "speedup": self.speedup}
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def metrics(self) -> dict[str, float]:
+        """The headline numbers under flat names, as loggers take them."""
+        values = {
+            "compression/params": float(self.params[1]),
+            "compression/params_ratio": self.params[0] / max(1, self.params[1]),
+            "compression/macs": self.macs[1],
+            "compression/macs_ratio": self.macs[0] / max(1.0, self.macs[1]),
+            "compression/macs_kept": self.macs_kept,
+            "compression/bytes": float(self.bytes[1]),
+            "compression/error": self.error,
+        }
+        if self.speedup is not None:
+            values["compression/speedup"] = self.speedup
+        return values
+
+    def __str__(self) -> str:
+        rows = [
+            ("", "before", "after", "ratio"),
+            ("parameters", f"{self.params[0]:,}", f"{self.params[1]:,}", _ratio(*self.params)),
+            ("MACs of an example", _si(self.macs[0]), _si(self.macs[1]), _ratio(*self.macs)),
+            ("  in structures", _si(self.prunable_macs[0]), _si(self.prunable_macs[1]), _ratio(*self.prunable_macs)),
+            ("file", _bytes(self.bytes[0]), _bytes(self.bytes[1]), _ratio(*self.bytes)),
+        ]
+        for call, (before, after) in self.latency.items():
+            ratio = _ratio(before.seconds, after.seconds)
+            rows.append((f"latency, {call}", _milliseconds(before), _milliseconds(after), ratio))
+        what = f" of {self.module!r}" if self.module else ""
+        lines = [f"Compression{what} after {self.step} optimizer steps: {self.macs_kept:.1%} of the prunable MACs are left"]
+        lines += ["  " + line for line in _aligned(rows)]
+        lines.append(f"  largest difference between the zeroed and the smaller model, float64: {self.error:.1e}")
+        if self.structures:
+            table = [("structure", "kind", "kept", "tier")]
+            table += [(s.name, s.kind, f"{s.kept} of {s.units}", s.tier or "") for s in self.structures]
+            lines += ["  " + line for line in _aligned(table)]
+        if self.pinned:
+            lines.append(f"  {self.pinned} more families of units stay whole; explain(...) says why")
+        return "\n".join(lines)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _ratio(before: float, after: float) -> str:
+    return f"{before / after:.2f}x" if after else "-"
+
+
+def _si(value: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:.0f}"
+
+
+def _bytes(value: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value} B"
+
+
+def _milliseconds(latency: Latency) -> str:
+    return f"{latency.seconds * 1e3:.2f} ms"
