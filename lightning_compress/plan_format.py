@@ -206,7 +206,7 @@ def _shape(value: Any, path: str) -> tuple[int, ...]:
     return tuple(_integer(n, f"{path}[{i}]", 0, LARGEST_AXIS) for i, n in enumerate(sizes))
 
 
-def _ranges(value: Any, path: str, size: int, longest: int) -> list[int]:
+def decode_ranges(value: Any, path: str, size: int, longest: int) -> list[int]:
     """At most ``longest`` integers in [0, size); counted before they are made."""
     values: list[int] = []
     for i, item in enumerate(_list(value, path)):
@@ -234,14 +234,14 @@ def _table(value: Any, path: str, units: int, size: int) -> Tensor:
         rows = _list(_object(value, path, {"rows"})["rows"], f"{path}.rows")
         if len(rows) != units:
             _refuse(f"{path}.rows", f"a list of {units} rows, one per unit", f"{len(rows)} rows")
-        table = [_ranges(row, f"{path}.rows[{u}]", size, size // units) for u, row in enumerate(rows)]
+        table = [decode_ranges(row, f"{path}.rows[{u}]", size, size // units) for u, row in enumerate(rows)]
         for u, row in enumerate(table):
             if len(row) != len(table[0]):
                 _refuse(f"{path}.rows[{u}]", f"{len(table[0])} positions like the first row", f"{len(row)} positions")
         return torch.tensor(table, dtype=torch.long).reshape(units, -1)
     value = _object(value, path, {"stride", "pattern"})
     stride = _integer(value["stride"], f"{path}.stride", -size, size)
-    pattern = torch.tensor(_ranges(value["pattern"], f"{path}.pattern", size, size // units), dtype=torch.long)
+    pattern = torch.tensor(decode_ranges(value["pattern"], f"{path}.pattern", size, size // units), dtype=torch.long)
     table_ = torch.arange(units).unsqueeze(1) * stride + pattern
     if table_.numel() and (int(table_.min()) < 0 or int(table_.max()) >= size):
         _refuse(path, f"positions from 0 to {size - 1}", [int(table_.min()), int(table_.max())])
@@ -315,4 +315,4 @@ def _structure(value: Any, path: str) -> tuple[Structure, tuple[int, ...]]:
         tier=tier,
         edits=tuple(_edit(item, where) for where, item in _items(value, path, "edits")),
     )
-    return structure, tuple(_ranges(value["kept"], f"{path}.kept", units, units))
+    return structure, tuple(decode_ranges(value["kept"], f"{path}.kept", units, units))

@@ -1,7 +1,7 @@
 """Small models with structures written by hand, so that tests of plans, scores and budgets need no discovery.
 
-    FeedForward   up (4 units x 3) -> relu -> gates -> down (2 x 4 units)
-    Attention     q, k (heads * qk dims), v (heads * vo dims), o; a grid: heads and dims share every axis
+FeedForward   up (4 units x 3) -> relu -> gates -> down (2 x 4 units)
+Attention     q, k (heads * qk dims), v (heads * vo dims), o; a grid: heads and dims share every axis
 """
 
 import torch
@@ -70,7 +70,9 @@ def feed_forward_structures(inputs: int = 3, units: int = 4, outputs: int = 2, p
     )
 
 
-def attention_structures(width: int = 4, heads: int = 3, dims: int = 4, tokens: int = 5, prefix: str = "") -> Structures:
+def attention_structures(
+    width: int = 4, heads: int = 3, dims: int = 4, tokens: int = 5, prefix: str = ""
+) -> Structures:
     """Heads, Q/K dims and V/O dims of an Attention at ``prefix``, with the costs of ``tokens`` tokens."""
     by_head, by_dim = grid(heads, dims)
     p = prefix
@@ -91,8 +93,10 @@ def attention_structures(width: int = 4, heads: int = 3, dims: int = 4, tokens: 
         sizes=(h, h * q, h * v),
         edits=(AttributeEdit(p.rstrip("."), "heads", h),),
     )
+    qk_dims = Structure(f"{p}qk_dim", "qk_dim", dims, qk(by_dim))
+    vo_dims = Structure(f"{p}vo_dim", "vo_dim", dims, vo(by_dim))
     return Structures(
-        [heads_, Structure(f"{p}qk_dim", "qk_dim", dims, qk(by_dim)), Structure(f"{p}vo_dim", "vo_dim", dims, vo(by_dim))],
+        [heads_, qk_dims, vo_dims],
         weight_macs=h * q * (2 * tokens * width) + h * v * (2 * tokens * width),
         activation_macs=h * q * tokens**2 + h * v * tokens**2,
         params=h * q * (2 * width + 2) + h * v * (2 * width + 1) + width,
