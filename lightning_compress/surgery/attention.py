@@ -113,8 +113,9 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
         if query.is_nested or key.is_nested or value.is_nested:
             if not query is key is value or not key_padding_mask is attn_mask is None or not self.batch_first:
                 raise ValueError(
-                    "Expected nested tensors only in self-attention (query, key and value the same object) without masks "
-                    "and with batch_first=True. Pad them with torch.nested.to_padded_tensor and pass a key_padding_mask."
+                    "Expected nested tensors only in self-attention (query, key and value the same object) without "
+                    "masks and with batch_first=True. Pad them with torch.nested.to_padded_tensor and pass a "
+                    "key_padding_mask."
                 )
             return self._attend_nested(query, need_weights, average_attn_weights)
 
@@ -147,12 +148,12 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
         weights = None
         if need_weights:
             logits = (q * self.scale) @ k.transpose(-2, -1)  # (batch, heads, targets, sources)
-            weights = torch.softmax(logits if mask is None else logits + mask, dim=-1)
+            weights = torch.softmax(logits if mask is None else logits + mask.to(logits.dtype), dim=-1)
             if dropout > 0.0:
                 weights = F.dropout(weights, dropout)
             attended = weights @ v
         else:
-            if q.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled():
+            if q.device.type == "cpu" and (torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()):
                 # The fused CPU kernel wants equal widths, and zeros are cheaper than the several times slower fallback.
                 width = max(self.qk_head_dim, self.vo_head_dim)
                 q, k, v = _widen(q, width), _widen(k, width), _widen(v, width)
@@ -178,14 +179,7 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
         padded = torch.nested.to_padded_tensor(nested, 0.0)  # (batch, longest, embed_dim)
         positions = torch.arange(padded.shape[1], device=padded.device)
         padding = positions >= torch.tensor(lengths, device=padded.device).unsqueeze(1)  # (batch, longest)
-        output, weights = self.forward(
-            padded,
-            padded,
-            padded,
-            key_padding_mask=padding,
-            need_weights=need_weights,
-            average_attn_weights=average_attn_weights,
-        )
+        output, weights = self.forward(padded, padded, padded, padding, need_weights, None, average_attn_weights)
         if weights is not None:  # (batch, longest, longest) or (batch, heads, longest, longest)
             hidden = padding if average_attn_weights else padding.unsqueeze(1)
             weights = weights.masked_fill(hidden.unsqueeze(-1), 0.0)
