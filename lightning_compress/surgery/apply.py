@@ -149,7 +149,7 @@ def apply_plan(
             reference = _zeroed_outputs(model, removals, args, kwargs)
         names = {r.structure.name for r in removals}
         shapes = {name: tuple(tensors[name].shape) for name in kept}
-        install(model, removals, tensors, [s for s in plan.structures if s.name not in names])
+        install(dict(model.named_modules()), removals, tensors, [s for s in plan.structures if s.name not in names])
         cut_state(optimizers, tensors, shapes, kept)
         if verify is not None and removals:
             error = _final_error(model, reference, args, kwargs, tolerance)

@@ -65,7 +65,7 @@ def zeroed_axes(removals: Iterable[Removal]) -> dict[tuple[str, int], Tensor]:
 
 
 def install(
-    model: nn.Module,
+    modules: Mapping[str, nn.Module],
     removals: Sequence[Removal],
     tensors: Mapping[str, Tensor],
     bystanders: Sequence[Structure] = (),
@@ -75,14 +75,13 @@ def install(
     """Carry out ``removals``, each by the edits of its structure, in place.
 
     Args:
-        model: the model.
+        modules: modules of the model by path.
         removals: what goes.
         tensors: its parameters and buffers by name.
         bystanders: further structures of the model that stay whole for now; a shim remembers where their units are.
         gradients: whether gradients are cut, too; a trial run has no use for them.
     """
     kept = kept_axes(removals)
-    modules = dict(model.named_modules())
     cores: dict[str, dict[str, int]] = {}
     for removal in removals:
         for edit in removal.structure.edits:
@@ -92,7 +91,7 @@ def install(
         slim_(_module(modules, path))  # reads the old sizes: before anything is cut
     for name, axes in once(kept, tensors).items():
         cut(tensors[name], axes, gradient=gradients)
-    for _, owner in owners_of(model, (tensors[name] for name in kept)):
+    for _, owner in owners_of(modules, (tensors[name] for name in kept)):
         repair(owner)
     for path, counts in cores.items():
         resize(

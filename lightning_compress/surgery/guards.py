@@ -42,7 +42,7 @@ def check_plain(model: nn.Module) -> None:
 
 def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], kept: Mapping[str, AxisPositions]) -> None:
     """Raise SurgeryError for a tensor of the plan that is not finite or that is computed from other parameters."""
-    for path, module in owners_of(model, (tensors[name] for name in kept)):
+    for path, module in owners_of(dict(model.named_modules()), (tensors[name] for name in kept)):
         hooks = [type(hook) for hook in module._forward_pre_hooks.values()]
         if ".parametrizations." in f".{path}." or any(h.__module__.startswith("torch.nn.utils") for h in hooks):
             layer = path.partition(".parametrizations.")[0]

@@ -54,11 +54,11 @@ def cut(tensor: Tensor, kept: Mapping[int, Tensor], *, gradient: bool = True) ->
         tensor.grad = select(old, kept)
 
 
-def owners_of(model: nn.Module, tensors: Iterable[Tensor]) -> list[tuple[str, nn.Module]]:
-    """Every module that holds one of ``tensors`` itself, with its path; a shared tensor has several."""
+def owners_of(modules: Mapping[str, nn.Module], tensors: Iterable[Tensor]) -> list[tuple[str, nn.Module]]:
+    """Every one of ``modules`` that holds one of ``tensors`` itself, with its path; a shared tensor has several."""
     wanted = {id(tensor) for tensor in tensors}
     found = []
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         own = [*module._parameters.values(), *module._buffers.values()]
         if any(id(tensor) in wanted for tensor in own if tensor is not None):
             found.append((path, module))

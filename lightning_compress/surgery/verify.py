@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -63,6 +63,27 @@ def _walk(value: Any, path: str, internal: bool, seen: set[int]) -> Iterator[tup
         yield from _walk(item, child, internal, seen)
 
 
+@contextmanager
+def _fixed_randomness(devices: Collection[torch.device]) -> Iterator[None]:
+    """Random number generators start from 0, and are restored afterwards."""
+    python_state, state = random.getstate(), torch.get_rng_state()
+    states = {device: torch.cuda.get_rng_state(device) for device in devices}
+    try:
+        random.seed(0)
+        torch.default_generator.manual_seed(
+            0
+        )  # torch.manual_seed costs milliseconds: it queues seeds for every backend
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        yield
+    finally:
+        random.setstate(python_state)
+        torch.set_rng_state(state)
+        for device, saved in states.items():
+            torch.cuda.set_rng_state(saved, device)
+
+
 def run(call: nn.Module, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outputs:
     """The outputs of ``call(*args, **kwargs)`` in evaluation mode and double precision.
 
@@ -71,12 +92,8 @@ def run(call: nn.Module, model: nn.Module, args: Sequence[Any], kwargs: Mapping[
     """
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    python_state = random.getstate()
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=list(devices)))
-        torch.random.manual_seed(0)
-        random.seed(0)
-        stack.callback(random.setstate, python_state)
+        stack.enter_context(_fixed_randomness(devices))
         stack.enter_context(evaluation(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(decomposed())

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lightning_compress.polynomials import Polynomial
-from lightning_compress.structures import AttributeEdit, Edit, ShimEdit, Structure
+from lightning_compress.structures import AttributeEdit, CoreEdit, Edit, ShimEdit, Structure
 from lightning_compress.surgery.attributes import (
     Candidate,
     anchor,
@@ -91,6 +91,10 @@ class Workbench:
         self.tolerance = tolerance
         self.modules = dict(model.named_modules())
         self.tensors = named_tensors(model)
+        self._owners: dict[int, list[str]] = {}
+        for path, module in self.modules.items():
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                self._owners.setdefault(id(tensor), []).append(path)
         self._args, self._kwargs = tuple(args), dict(kwargs)
         self._calls: dict[str, Call] = {}
         self._trusted: dict[str, bool] = {}
@@ -148,12 +152,22 @@ class Workbench:
         """Error with ``removals`` carried out; everything is rolled back. Raises what the forward or the edits raise."""
         names = {r.structure.name for r in removals}
         bystanders = [s for s in self.structures.values() if s.name not in names]
-        transaction = Transaction(self.modules.values())
+        transaction = Transaction(self._touched(removals))
         try:
-            install(self.model, removals, self.tensors, bystanders, gradients=False)
+            install(self.modules, removals, self.tensors, bystanders, gradients=False)
             return self._compare(path)
         finally:
             transaction.rollback()
+
+    def _touched(self, removals: Sequence[Removal]) -> list[nn.Module]:
+        """The modules that carrying out ``removals`` changes."""
+        parameters = {id(self.tensors[p]) for r in removals for p in r.structure.parameters}
+        paths = {path for identity in parameters for path in self._owners.get(identity, ())}
+        paths |= {edit.module for r in removals for edit in r.structure.edits}
+        # a new core changes its output projection, too
+        cores = {e.module for r in removals for e in r.structure.edits if isinstance(e, CoreEdit)}
+        paths |= {path for path in self.modules if any(is_inside(path, core) for core in cores)}
+        return [self.modules[path] for path in paths if path in self.modules]
 
     def attempt(self, removals: Sequence[Removal], path: str = "") -> str | None:
         """None if ``removals`` leave the outputs equal, else the reason in words."""
@@ -203,6 +217,8 @@ class Workbench:
         """``removal`` in the way that was found for a look-alike, or None where it has no such candidates."""
         assert found.structure.tier is not None
         if found.structure.tier == "shim":
+            if not any(piece.role == "companion" for piece in found.structure.slices):
+                removal = replace(removal, structure=without_companions(removal.structure))
             base: tuple[Edit, ...] | str = self._shim_edits(removal.structure)
             if isinstance(base, str):
                 return None
@@ -222,22 +238,30 @@ class Workbench:
         base = core_edits(removal.structure, self.modules)
         plain = candidates(removal, self.modules, self.counts)
         inner = [c for c in plain if all(is_inside(path, place) for path in c.modules)]
-        pools: list[tuple[str, list[Candidate]]] = [(place, inner)]
+        pools = [(place, inner, ATTEMPTS)]
         if len(inner) < len(plain):
-            pools.append(("", plain))
+            pools.append(("", plain, ATTEMPTS // 4))
         deep = candidates(removal, self.modules, self.counts, holders=True)
         if deep:
             local = all(is_inside(path, place) for c in deep for path in c.modules)
-            pools.append((place if local else "", inner + deep))
+            pools.append((place if local else "", inner + deep, ATTEMPTS // 2))
         return self._search(removal, "native", base, pools)
 
     def _find_shim(self, removal: Removal, place: str) -> Found | str:
-        base = self._shim_edits(removal.structure)
-        if isinstance(base, str):
-            return base
-        shimmed = {edit.module for edit in base}
-        own = [c for c in candidates(removal, self.modules, self.counts) if all(path in shimmed for path in c.modules)]
-        return self._search(removal, "shim", base, [(place, own)])
+        reasons = []
+        for structure in dict.fromkeys((removal.structure, without_companions(removal.structure))):
+            base = self._shim_edits(structure)
+            if isinstance(base, str):
+                reasons.append(base)
+                continue
+            shimmed = {edit.module for edit in base}
+            trial = replace(removal, structure=structure)
+            own = [c for c in candidates(trial, self.modules, self.counts) if all(m in shimmed for m in c.modules)]
+            found = self._search(trial, "shim", base, [(place, own, ATTEMPTS // 4)])
+            if isinstance(found, Found):
+                return found
+            reasons.append(found)
+        return reasons[0]
 
     def _shim_edits(self, structure: Structure) -> tuple[ShimEdit, ...] | str:
         edits: dict[ShimEdit, None] = {}
@@ -256,11 +280,11 @@ class Workbench:
         return tuple(edits)
 
     def _search(
-        self, removal: Removal, tier: str, base: tuple[Edit, ...], pools: Sequence[tuple[str, list[Candidate]]]
+        self, removal: Removal, tier: str, base: tuple[Edit, ...], pools: Sequence[tuple[str, list[Candidate], int]]
     ) -> Found | str:
         reasons: Counter[str] = Counter()
-        for number, (place, pool) in enumerate(pools):
-            for selection in selections(pool, ATTEMPTS):
+        for number, (place, pool, limit) in enumerate(pools):
+            for selection in selections(pool, limit):
                 if number and not selection:
                     continue
                 reason = self.attempt([_edited(removal, tier, base, selection)], place)
@@ -371,6 +395,11 @@ class Workbench:
 def _edited(removal: Removal, tier: str, base: Sequence[Edit], chosen: Iterable[Candidate]) -> Removal:
     edits = (*base, *(edit for candidate in chosen for edit in candidate.edits()))
     return replace(removal, structure=replace(removal.structure, tier=tier, edits=edits))  # type: ignore[arg-type]
+
+
+def without_companions(structure: Structure) -> Structure:
+    """``structure`` with only its producers and consumers: between them a shim keeps the original width for everything else."""
+    return replace(structure, slices=tuple(piece for piece in structure.slices if piece.role != "companion"))
 
 
 def harmonised(ways: Mapping[str, Removal]) -> dict[str, Removal]:
