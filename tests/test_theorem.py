@@ -1,7 +1,7 @@
 """The central theorem: a model with units zeroed and the model with the units removed are the same function.
 
-In float64, for every kind of structure on every model of the zoo: the same outputs on the batch that discovery saw and on
-another one, the same gradients, and the same model after one more Adam step with the optimizer state carried over.
+In float64, for every kind of structure on every model of the zoo: the same outputs on the batch that discovery saw and
+on another one, the same gradients, and the same model after one more Adam step with the optimizer state carried over.
 """
 
 from __future__ import annotations
