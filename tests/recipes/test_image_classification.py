@@ -1,0 +1,244 @@
+"""The image recipe: reading, augmentation, both fits on tiny models, and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+datasets = pytest.importorskip("datasets", reason="needs the extra `recipes`")
+image_module = pytest.importorskip("PIL.Image", reason="needs the extra `recipes`")
+
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402 (after the skip)
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+from recipes import image_classification as recipe  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval.*"),
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ["--width=16", "--depth=2", "--heads=4", "--batch_size=32", "--macs=0.5", "--start=0.0", "--at=0.5"]
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of 20 images of different sizes and formats: mostly red, green or blue, with noise."""
+    folder = tmp_path_factory.mktemp("photographs")
+    draw = torch.Generator().manual_seed(0)
+    for channel, name in enumerate(("red", "green", "blue")):
+        (folder / name).mkdir()
+        for number in range(20):
+            pixels = torch.randint(0, 100, (10 + number, 12, 3), generator=draw, dtype=torch.uint8)
+            pixels[..., channel] += 150
+            ending = ("png", "JPG")[number % 2]
+            image_module.fromarray(pixels.numpy()).save(folder / name / f"{number:02}.{ending}")
+        (folder / name / "notes.txt").write_text("no image")
+    return folder
+
+
+def run(*arguments: str) -> dict:
+    return recipe.main(recipe.parser().parse_args([*TINY, *arguments]))
+
+
+# Data
+
+
+def test_digits_are_split_by_class_and_the_seed_decides() -> None:
+    train, test = recipe.read("digits", "", "", seed=0)
+    assert (len(train[0]), len(test[0])) == (1257, 540)
+    shares = Counter(test[1])
+    assert all(shares[c] == pytest.approx(0.3 * count, abs=1) for c, count in Counter([*train[1], *test[1]]).items())
+    assert recipe.read("digits", "", "", seed=0)[1][1] == test[1] != recipe.read("digits", "", "", seed=1)[1][1]
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    from sklearn.datasets import load_digits
+
+    _, test = recipe.read("digits", "", "", seed=0)
+    pixels = torch.stack([image for image, _ in recipe.Images(test, 8, "L")])
+    ours = sorted(tuple(p) for p in ((pixels + 1) * 127.5 / 15).round().int().flatten(1).tolist())
+    everything = Counter(tuple(p) for p in load_digits().data.astype(int).tolist())
+    assert pixels.shape == (540, 1, 8, 8) and pixels.dtype == torch.float32 and pixels.min() == -1
+    assert not Counter(ours) - everything
+
+
+def test_a_folder_of_classes(photographs: Path) -> None:
+    train, test = recipe.read(str(photographs), "", "", seed=0)
+    assert (len(train[0]), len(test[0])) == (42, 18)
+    assert Counter(test[1]) == {0: 6, 1: 6, 2: 6}
+    assert not {str(p) for p in train[0]} & {str(p) for p in test[0]}
+    for split in (train, test):
+        for (pixels, label), path in zip(recipe.Images(split, 8, "RGB"), split[0], strict=True):
+            assert pixels.shape == (3, 8, 8)
+            # in the order of the alphabet: blue, green, red
+            assert pixels.mean(dim=(1, 2)).argmax() == 2 - label and path.parent.name == ("blue", "green", "red")[label]
+
+
+def test_a_folder_with_train_and_test(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "train").symlink_to(photographs, target_is_directory=True)
+    for name in ("red", "blue"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        image_module.new("RGB", (8, 8)).save(tmp_path / "test" / name / "a.png")
+    train, test = recipe.read(str(tmp_path), "", "", seed=0)
+    assert (len(train[0]), len(test[0])) == (60, 2)
+    assert test[1] == [0, 2]  # the numbers of the training classes, green has no test image
+
+
+def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def split(names: list[str]) -> datasets.Dataset:
+        pictures = [image_module.new("L", (8, 8), 10 * n) for n in range(len(names))]
+        features = datasets.Features(picture=datasets.Image(), kind=datasets.ClassLabel(names=["a", "b"]))
+        return datasets.Dataset.from_dict({"picture": pictures, "kind": names}, features=features)
+
+    hub = datasets.DatasetDict(train=split(["a", "b", "b"]), validation=split(["b", "a"]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: hub)
+    train, test = recipe.read("owner/name", "picture", "kind", seed=0)
+    assert (train[1], test[1]) == ([0, 1, 1], [1, 0])
+    pixels, label = recipe.Images(train, 4, "L")[2]
+    assert pixels.shape == (1, 4, 4) and label == 1
+    torch.testing.assert_close(pixels, torch.full((1, 4, 4), 20 / 127.5 - 1))
+    with pytest.raises(
+        ValueError, match=r"Expected columns \['image'\] in 'owner/name', but it has \['picture', 'kind'\]"
+    ):
+        recipe.read("owner/name", "image", "kind", seed=0)
+
+
+def test_shifts_move_whole_images() -> None:
+    image = torch.arange(2 * 6 * 5.0).view(1, 2, 6, 5)
+    padded = torch.nn.functional.pad(image, (2, 2, 2, 2), mode="replicate")[0]
+    allowed = {(r, c): padded[:, r : r + 6, c : c + 5] for r in range(5) for c in range(5)}
+    seen = set()
+    for moved in recipe.shifted(image.expand(400, -1, -1, -1), 2):
+        (offset,) = [o for o, expected in allowed.items() if torch.equal(moved, expected)]
+        seen.add(offset)
+    assert seen == set(allowed)
+    assert torch.equal(recipe.shifted(image, 0), image)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("folders, images", [([], 0), (["only"], 2), (["one", "two"], 0)])
+def test_a_folder_without_two_classes_is_named(tmp_path: Path, folders: list[str], images: int) -> None:
+    for name in folders:
+        (tmp_path / name).mkdir()
+        for number in range(images):
+            image_module.new("L", (8, 8)).save(tmp_path / name / f"{number}.png")
+    with pytest.raises(ValueError, match=rf"of at least two classes in sub-folders of .*but got {images} images in"):
+        recipe.read(str(tmp_path), "", "", seed=0)
+
+
+def test_an_unknown_dataset_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(name: str) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(
+        ValueError, match="Expected 'digits', a folder or a dataset of the hub, but got 'digit': no network"
+    ):
+        recipe.read("digit", "image", "label", seed=0)
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("--patch=3", "Expected patch to be at least 2 and to divide size=8, but got 3"),
+        ("--patch=1", "Expected patch to be at least 2 and to divide size=8, but got 1"),
+        ("--heads=3", "Expected heads to divide width=16, but got 3"),
+        ("--macs=1.5", "Expected macs"),
+        ("--regularizer=lasso", "lasso"),
+    ],
+)
+def test_bad_options(option: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(option)
+
+
+# Both fits
+
+
+def test_a_folder_of_photographs_is_compressed(
+    photographs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "results.json"
+    comparison = run(f"--data={photographs}", "--color", "--epochs=6", "--batch_size=8", f"--results={file}")
+    assert set(comparison["kept"]) == {
+        "at most 1.0 points of accuracy lost",
+        "at least 2.5 times fewer MACs",
+        "at least 1.8 times faster",
+        "error of the removal at most 1e-6",
+    }
+    report = comparison["report"]
+    assert report["macs_kept"] == pytest.approx(0.5, abs=0.02)
+    assert 0 <= report["error"] <= 1e-6
+    assert comparison["kept"]["error of the removal at most 1e-6"]
+    assert (
+        comparison["accuracy_percent"]["dense"] >= 90
+    )  # one channel is brighter than the others: no model should fail
+    assert not comparison["kept"]["at least 2.5 times fewer MACs"]  # half of them were to stay
+    assert comparison["macs_ratio"] < 2.5
+    printed = capsys.readouterr().out
+    for title in ("test accuracy, %", "MACs of an image", "ms for a batch of 64", "error of the removal"):
+        assert title in printed
+    assert "MISSED  at least 2.5 times fewer MACs" in printed
+    assert json.loads(file.read_text()) == json.loads(json.dumps(comparison))
+
+
+def test_the_reported_macs_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = {}
+
+    def measured(models: dict, *args: object, **kwargs: object) -> dict:
+        modules.update(models)
+        return measure_latency(models, *args, **{**kwargs, "repeats": 1})
+
+    measure_latency = recipe.measure_latency
+    monkeypatch.setattr(recipe, "measure_latency", measured)
+    report = run("--epochs=1")["report"]
+    for name, macs in zip(("dense", "compressed"), report["macs"], strict=True):
+        # of the attention cores the counter sees into the plain one only
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            modules[name].eval()(torch.zeros(1, 1, 8, 8))
+        assert counter.get_total_flops() / 2 == macs
+
+
+def test_a_model_of_transformers_is_compressed(photographs: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, image_size=16, patch_size=8
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    comparison = run(
+        f"--data={photographs}",
+        f"--pretrained={tmp_path / 'model'}",
+        "--color",
+        "--size=16",
+        "--epochs=2",
+        "--batch_size=8",
+    )
+    assert comparison["report"]["macs_kept"] == pytest.approx(0.5, abs=0.02)
+    assert {s["kind"] for s in comparison["report"]["structures"]} == {"head", "ffn"}
+
+
+# From the command line
+
+
+def test_check_fails_where_a_bound_is_missed(photographs: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"data: {photographs}\ncolor: true\nepochs: 1\nmacs: 0.9\n")
+    command = [sys.executable, str(ROOT / "recipes" / "image_classification.py"), *TINY, f"--config={config}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for arguments, status in (["--check"], 1), ([], 0):
+        done = subprocess.run(
+            [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == status, done.stderr[-2000:]
+        assert "MISSED  at least 2.5 times fewer MACs" in done.stdout
