@@ -2,7 +2,7 @@
 
 from lightning_compress.surgery.apply import StructureReport, SurgeryReport, apply_plan
 from lightning_compress.surgery.errors import SurgeryError
-from lightning_compress.surgery.prove import prove
+from lightning_compress.surgery.proof import prove
 from lightning_compress.surgery.zero import zero_units
 
 __all__ = ["StructureReport", "SurgeryError", "SurgeryReport", "apply_plan", "prove", "zero_units"]

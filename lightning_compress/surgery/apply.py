@@ -18,7 +18,7 @@ from lightning_compress.surgery.optimizer_state import check_optimizers, cut_sta
 from lightning_compress.surgery.precision import DoubleWeights, zero_positions
 from lightning_compress.surgery.slicing import named_tensors
 from lightning_compress.surgery.transaction import Transaction
-from lightning_compress.surgery.verify import Mismatch, Outputs, check_reference, difference, run
+from lightning_compress.surgery.verify import Mismatch, Outputs, Rehearsal, difference
 from lightning_compress.surgery.workbench import Workbench
 
 TOLERANCE = 1e-6
@@ -178,8 +178,9 @@ def _find_ways(
     tolerance: float,
 ) -> tuple[list[Removal], float]:
     """Every removal with its way, and the error of all of them together on perturbed weights."""
-    with DoubleWeights(model, perturbed=True, buffers={p for r in removals for p in r.structure.parameters}):
-        bench = Workbench(model, structures, removals, args, kwargs, tolerance)
+    buffers = {p for r in removals for p in r.structure.parameters}
+    with DoubleWeights(model, perturbed=True, buffers=buffers), Rehearsal(model) as rehearsal:
+        bench = Workbench(rehearsal, model, structures, removals, args, kwargs, tolerance)
         ways, failures = bench.resolve()
         if failures:
             name, reason = next(iter(failures.items()))
@@ -196,19 +197,17 @@ def _find_ways(
 def _zeroed_outputs(
     model: nn.Module, removals: Sequence[Removal], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Outputs:
-    with DoubleWeights(model):
+    with DoubleWeights(model), Rehearsal(model) as rehearsal:
         zero_positions(named_tensors(model), zeroed_axes(removals))
-        outputs = run(model, model, args, kwargs)
-    check_reference(outputs)
-    return outputs
+        return rehearsal.reference(args, kwargs)
 
 
 def _final_error(
     model: nn.Module, reference: Outputs, args: Sequence[Any], kwargs: Mapping[str, Any], tolerance: float
 ) -> float:
-    with DoubleWeights(model):
+    with DoubleWeights(model), Rehearsal(model) as rehearsal:
         try:
-            error = difference(reference, run(model, model, args, kwargs))
+            error = difference(reference, rehearsal.run(model, args, kwargs))
         except Mismatch as mismatch:
             raise SurgeryError(
                 f"Expected the smaller model to return what the zeroed one does, but {mismatch}."

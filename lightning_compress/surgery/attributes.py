@@ -54,7 +54,7 @@ def owner_path(parameter: str) -> str:
 
 
 def anchor(structure: Structure) -> str:
-    """Path of the innermost module that holds every slice of ``structure``; layers that hold all of it themselves do not count."""
+    """Path of the innermost module that holds every slice of ``structure``."""
     paths = [owner_path(p).split(".") if owner_path(p) else [] for p in structure.parameters]
     common: list[str] = []
     for parts in zip(*paths, strict=False):
@@ -79,7 +79,7 @@ def is_inside(path: str, outer: str) -> bool:
 
 
 def core_edits(structure: Structure, modules: Mapping[str, nn.Module]) -> tuple[CoreEdit, ...]:
-    """The attentions of torch whose heads or dims ``structure`` counts: their forward has to be exchanged for any removal."""
+    """The attentions of torch whose heads or dims ``structure`` counts: any removal exchanges their forward."""
     axis = _CORE_AXES.get(structure.kind)
     found: dict[str, None] = {}
     for piece in structure.slices:
@@ -128,13 +128,13 @@ def candidates(
 
     found: dict[tuple[Any, ...], list[str]] = {}
     for path in sorted(places, key=lambda p: (not is_inside(p, centre), -p.count("."))):
-        module = modules.get(path)
-        if module is None or is_torch_layer(module):
+        owner = modules.get(path)
+        if owner is None or is_torch_layer(owner):
             continue
-        for attribute, value in _integers(module, holders=holders, private=bool(path)):
+        for attribute, value in _integers(owner, holders=holders, private=bool(path)):
             for (before, _), (number, _) in sizes.items():
                 if value == before:
-                    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+                    kind = f"{type(owner).__module__}.{type(owner).__qualname__}"
                     key = (kind, tuple(sorted(places[path])), is_inside(path, centre), attribute, number)
                     found.setdefault(key, []).append(path)
     return [Candidate(key, tuple(paths), key[3], structure.sizes[key[4]]) for key, paths in found.items()]

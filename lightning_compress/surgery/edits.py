@@ -18,7 +18,7 @@ from lightning_compress.polynomials import Polynomial
 from lightning_compress.structures import AttributeEdit, CoreEdit, ShimEdit, Slice, Structure
 from lightning_compress.surgery.attention import resize, slim_
 from lightning_compress.surgery.errors import SurgeryError
-from lightning_compress.surgery.shim import place_shim, shims_of
+from lightning_compress.surgery.shim import Side, place_shim, shims_of
 from lightning_compress.surgery.slicing import AxisPositions, cut, is_torch_layer, owners_of, repair
 
 _PATH = re.compile(r"(?:(?P<holder>\w+)\.)?(?P<name>\w+)(?:\[(?P<item>\d+)\])?")
@@ -88,7 +88,7 @@ def install(
             if isinstance(edit, CoreEdit):
                 cores.setdefault(edit.module, {})[edit.axis] = len(removal.kept)
     for path in cores:
-        slim_(_module(modules, path))  # reads the old sizes: before anything is cut
+        slim_(_module(modules, path))  # type: ignore[arg-type]  # reads the old sizes: before anything is cut
     for name, axes in once(kept, tensors).items():
         cut(tensors[name], axes, gradient=gradients)
     for _, owner in owners_of(modules, (tensors[name] for name in kept)):
@@ -146,8 +146,8 @@ def _place_shims(
     kept: Mapping[str, AxisPositions],
     bystanders: Sequence[Structure],
 ) -> None:
-    edits: dict[tuple[str, str], ShimEdit] = {}
-    faces: dict[tuple[str, str], Slice] = {}
+    edits: dict[tuple[str, Side], ShimEdit] = {}
+    faces: dict[tuple[str, Side], Slice] = {}
     for removal in removals:
         for edit in removal.structure.edits:
             if isinstance(edit, ShimEdit) and removal.removed:
@@ -159,7 +159,7 @@ def _place_shims(
         for side, shim in shims_of(module):
             name = f"{path}.{shim.parameter}" if path else shim.parameter
             if (path, side) not in edits and shim.axis in kept.get(name, {}):
-                edits[path, side] = ShimEdit(path, side, shim.dim)  # type: ignore[arg-type]
+                edits[path, side] = ShimEdit(path, side, shim.dim)
                 faces[path, side] = next(
                     piece
                     for removal in removals
@@ -189,8 +189,10 @@ def _place_shims(
         )
 
 
-def faced_side(module: nn.Module, piece: Slice) -> tuple[str, ...]:
+def faced_side(module: nn.Module, piece: Slice) -> tuple[Side, ...]:
     """Sides of ``module`` that carry the axis of one of its own parameters: ("output",), ("input",), both, or none."""
+    major: tuple[Side, ...]
+    minor: tuple[Side, ...]
     if isinstance(module, nn.Linear) or (isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1):
         major, minor = ("output",), ("input",)
         if isinstance(module, nn.modules.conv._ConvNd) and module.transposed:
@@ -200,11 +202,16 @@ def faced_side(module: nn.Module, piece: Slice) -> tuple[str, ...]:
         return ("output",) if piece.axis == 1 else ()
     if is_torch_layer(module) and not isinstance(module, nn.modules.conv._ConvNd):
         return ("input", "output")  # norms: a unit goes in and comes out
-    return {"producer": ("output",), "consumer": ("input",), "companion": ("input", "output")}[piece.role]
+    sides: dict[str, tuple[Side, ...]] = {
+        "producer": ("output",),
+        "consumer": ("input",),
+        "companion": ("input", "output"),
+    }
+    return sides[piece.role]
 
 
 def shim_dim(module: nn.Module) -> int:
-    """Dimension of the module's input and output that carries its channels, counted so that unbatched calls work too."""
+    """Dimension of the module's input and output that carries its channels; negative where unbatched calls exist."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return -1 - len(module.kernel_size)
     if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.PReLU):
@@ -228,7 +235,7 @@ def _facing(module: nn.Module, edit: ShimEdit, structure: Structure) -> Slice:
 
 
 def read_attribute(module: nn.Module, path: str) -> Any:
-    """Value of ``NAME``, ``HOLDER.NAME`` or ``NAME[i]`` in ``module``; raises AttributeError or IndexError where it is not there."""
+    """Value of ``NAME``, ``HOLDER.NAME`` or ``NAME[i]`` in ``module``."""
     match = _PATH.fullmatch(path)
     if match is None:
         raise AttributeError(path)
@@ -238,7 +245,7 @@ def read_attribute(module: nn.Module, path: str) -> Any:
 
 
 def write_attribute(module: nn.Module, path: str, value: int) -> None:
-    """Set what ``read_attribute`` reads; a holder (a configuration, a list) is replaced by a copy of the module's own."""
+    """Set what ``read_attribute`` reads; a holder (a configuration, a list) is replaced by the module's own copy."""
     match = _PATH.fullmatch(path)
     if match is None:
         raise AttributeError(path)

@@ -22,7 +22,7 @@ _WRAPPERS = {
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raise SurgeryError for a wrapped, compiled or scripted module, anywhere in ``model``; TypeError for no module at all."""
+    """Raise SurgeryError for a wrapped, compiled or scripted module anywhere in ``model``; TypeError for no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected model to be an nn.Module, but got {type(model).__name__}.")
     for path, module in model.named_modules():
@@ -88,8 +88,8 @@ def check_sharing(tensors: Mapping[str, Tensor], kept: Iterable[str]) -> None:
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
     def span(t: Tensor) -> tuple[int, int]:
-        start = t.storage_offset()
-        return start, start + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        start = int(t.storage_offset())
+        return start, start + sum(int((size - 1) * stride) for size, stride in zip(t.shape, t.stride(), strict=True))
 
     (a0, a1), (b0, b1) = span(a), span(b)
     return a0 <= b1 and b0 <= a1

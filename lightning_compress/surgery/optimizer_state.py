@@ -17,8 +17,7 @@ from lightning_compress.surgery.slicing import AxisPositions, select
 
 
 def state_axes(key: str, state: Tensor, shape: tuple[int, ...], kept: Mapping[int, Tensor]) -> AxisPositions | None:
-    """The positions that stay on the axes of one state tensor, or None where its shape says nothing about its
-    parameter.
+    """The positions that stay on the axes of one state tensor, or None where its shape tells nothing.
 
     A state tensor may have the shape of the parameter (moments); that shape with ones in it, or without its last or its
     last but one axis (factored second moments, one value per row or column); or one element (step counts).
@@ -49,8 +48,12 @@ def state_axes(key: str, state: Tensor, shape: tuple[int, ...], kept: Mapping[in
 def check_optimizers(
     optimizers: Iterable[Any], tensors: Mapping[str, Tensor], kept: Mapping[str, AxisPositions]
 ) -> None:
-    """Raise before anything is changed if the state of an optimizer could not follow; see ``cut_state`` for the
-    arguments.
+    """Raise before anything is changed if the state of an optimizer could not follow.
+
+    Args:
+        optimizers: see ``cut_state``.
+        tensors: see ``cut_state``.
+        kept: see ``cut_state``.
 
     Raises:
         TypeError: for something that is not an optimizer.

@@ -26,7 +26,7 @@ DOUBLE = {
 
 
 def to_double(value: Any) -> Any:
-    """A copy of a nested argument with every tensor copied, and floating-point ones in float64; other objects are passed on."""
+    """A copy of a nested argument: tensors are copied, floating-point ones to float64; other objects are passed on."""
     if isinstance(value, Tensor):
         return value.detach().to(DOUBLE.get(value.dtype, value.dtype), copy=True)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -45,7 +45,7 @@ def to_double(value: Any) -> Any:
 
 
 class DoublePrecision(TorchDispatchMode):
-    """Keeps a forward in float64: casts to and factories of lower precision give float64, mixed arguments are raised to it."""
+    """Keeps a forward in float64: casts and factories of lower precision give float64, mixed arguments are raised."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         low: list[Tensor] = []
@@ -87,8 +87,7 @@ class DoublePrecision(TorchDispatchMode):
 
 
 class DoubleWeights:
-    """While it is entered, every parameter and buffer of ``model`` holds a float64 copy of itself; afterwards the
-    original data is back.
+    """Context: every parameter and buffer of ``model`` holds a float64 copy of itself; the original data comes back.
 
     Args:
         model: its parameters and buffers keep their identity.
@@ -101,7 +100,7 @@ class DoubleWeights:
         self._model = model
         self._perturbed = perturbed
         self._noisy_buffers = frozenset(buffers)
-        self._saved: list[tuple[Tensor, Tensor]] = []
+        self._saved: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def __enter__(self) -> DoubleWeights:
         noise = torch.randn(8191, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -126,18 +125,25 @@ class DoubleWeights:
         double = data.to(DOUBLE.get(data.dtype, data.dtype), copy=True)
         if noise is not None and double.dtype == torch.float64 and double.numel():
             add_tiled(noise.to(double.device), double)
-        self._saved.append((tensor, data))
+        # a gradient must have the dtype and the shape of its tensor at every moment: the gradient steps aside
+        gradient = tensor.grad if tensor.is_leaf else None
+        self._saved.append((tensor, data, gradient))
+        if gradient is not None:
+            tensor.grad = None
         tensor.data = double
 
     def _restore(self) -> None:
-        for tensor, data in self._saved:
+        for tensor, data, gradient in self._saved:
             tensor.data = data
+            if gradient is not None:
+                tensor.grad = gradient
         self._saved.clear()
 
 
 def add_tiled(noise: Tensor, tensor: Tensor) -> None:
-    """Add ``noise``, scaled and repeated, to ``tensor`` in place; give it a prime length, so that rows get different
-    pieces of it.
+    """Add ``noise``, scaled and repeated, to ``tensor`` in place.
+
+    Give it a prime length, so that rows get different pieces of it.
 
     The scale is a tenth of the root mean square of ``tensor`` plus half of 1 / sqrt(fan in), a usual initialisation.
     """

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from lightning_compress.structures import ShimEdit
 from lightning_compress.surgery.errors import SurgeryError
 
-BUFFERS = {"output": "_scatter_positions", "input": "_gather_positions"}
+Side = Literal["output", "input"]
+BUFFERS: dict[Side, str] = {"output": "_scatter_positions", "input": "_gather_positions"}
 
 
 @dataclass(eq=False)
@@ -49,17 +50,19 @@ class ScatterOutput(Shim):
     """Forward hook: writes the module's output into zeros of the interface's width."""
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """The output at the interface's width."""
         shape = list(output.shape)
         shape[self.dim] = self.width
         return output.new_zeros(shape).index_copy(self.dim, getattr(module, BUFFERS["output"]), output)
 
 
 class GatherInput(Shim):
-    """Forward pre-hook (with keyword arguments): keeps of the module's first tensor the positions that its weight still reads."""
+    """Forward pre-hook: keeps of the module's first tensor the positions that its weight still reads."""
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs, the first tensor among them narrowed."""
         positions = getattr(module, BUFFERS["input"])
         for number, value in enumerate(args):
             if isinstance(value, Tensor):
@@ -70,14 +73,14 @@ class GatherInput(Shim):
         raise TypeError(f"Expected a tensor among the inputs of {type(module).__name__}, but got none.")
 
 
-def find_shim(module: nn.Module, side: str) -> Shim | None:
+def find_shim(module: nn.Module, side: Side) -> Shim | None:
     """The shim on this side ("output" or "input") of ``module``, if it has one."""
     hooks = module._forward_hooks if side == "output" else module._forward_pre_hooks
     kind = ScatterOutput if side == "output" else GatherInput
     return next((hook for hook in hooks.values() if isinstance(hook, kind)), None)
 
 
-def shims_of(module: nn.Module) -> list[tuple[str, Shim]]:
+def shims_of(module: nn.Module) -> list[tuple[Side, Shim]]:
     """All shims of ``module`` with their side."""
     found = [(side, find_shim(module, side)) for side in BUFFERS]
     return [(side, shim) for side, shim in found if shim is not None]
@@ -137,13 +140,13 @@ def place_shim(
     kind = ScatterOutput if edit.side == "output" else GatherInput
     hook = kind(int(stays.sum()), edit.dim, parameter, axis, new_owners)
     if old is None:
-        if edit.side == "output":
+        if isinstance(hook, ScatterOutput):
             # first, so that hooks of the user's see the original width
             module.register_forward_hook(hook, prepend=True)
         else:
             module.register_forward_pre_hook(hook, with_kwargs=True)
     else:
-        hooks = module._forward_hooks if edit.side == "output" else module._forward_pre_hooks
+        hooks: dict[int, Any] = module._forward_hooks if edit.side == "output" else module._forward_pre_hooks
         key = next(key for key, value in hooks.items() if value is old)
         hooks[key] = hook
     device = getattr(module, parameter).device

@@ -45,7 +45,7 @@ def select(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
 
 
 def cut(tensor: Tensor, kept: Mapping[int, Tensor], *, gradient: bool = True) -> None:
-    """Exchange the data of a parameter or buffer, and its gradient unless told otherwise, for the kept positions; the object stays."""
+    """Exchange the data (and the gradient) of a parameter or buffer for the kept positions; the object stays."""
     old = tensor.grad if gradient and tensor.is_leaf else None
     if old is not None:
         tensor.grad = None  # a gradient must have the shape of its tensor at every moment
@@ -117,10 +117,10 @@ def _embedding(module: nn.Embedding | nn.EmbeddingBag) -> None:
 
 def _recurrent(module: nn.RNNBase) -> None:
     gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
-    module.input_size = module.weight_ih_l0.shape[1]
-    module.hidden_size = module.weight_ih_l0.shape[0] // gates
+    rows, module.input_size = module._parameters["weight_ih_l0"].shape  # type: ignore[union-attr]
+    module.hidden_size = rows // gates
     if module.proj_size:
-        module.proj_size = module.weight_hr_l0.shape[0]
+        module.proj_size = module._parameters["weight_hr_l0"].shape[0]  # type: ignore[union-attr]
     module.flatten_parameters()
 
 

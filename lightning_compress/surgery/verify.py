@@ -6,6 +6,7 @@ import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Mismatch(Exception):
 
 
 def flatten(value: Any) -> Outputs:
-    """The tensors inside nested outputs, by their path: mappings, sequences, dataclasses, and attributes of other objects."""
+    """The tensors inside nested outputs by path: mappings, sequences, dataclasses, attributes of other objects."""
     return dict(_walk(value, "output", False, set()))
 
 
@@ -63,63 +64,90 @@ def _walk(value: Any, path: str, internal: bool, seen: set[int]) -> Iterator[tup
         yield from _walk(item, child, internal, seen)
 
 
+class Rehearsal:
+    """Context in which a model can be called again and again for comparison, and is left as it was.
+
+    Evaluation mode, no gradients, no autocast, unfused kernels, double precision, the same random numbers in every
+    call; buffers that a call writes are restored after it, random number generators and training flags at the end.
+
+    Args:
+        model: the model; its weights should be in double precision (``DoubleWeights``).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Rehearsal:
+        with ExitStack() as stack:
+            stack.enter_context(_restored_randomness(self._devices))
+            stack.enter_context(evaluation(self._model))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(decomposed())
+            for kind in ("cpu", "cuda") if self._devices else ("cpu",):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def run(self, call: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outputs:
+        """The outputs of ``call(*args, **kwargs)``; ``call`` is the model or one of its sub-modules."""
+        random.seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would queue seeds for every backend, which is slow
+        for device in self._devices:
+            torch.cuda.default_generators[device].manual_seed(0)
+        buffers = [(buffer, buffer.clone()) for buffer in call.buffers()]
+        inputs = to_double((tuple(args), dict(kwargs)))
+        try:
+            with DoublePrecision():
+                return flatten(call(*inputs[0], **inputs[1]))
+        finally:
+            for buffer, before in buffers:
+                if buffer.shape == before.shape:
+                    buffer.copy_(before)
+
+    def reference(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outputs:
+        """The outputs of the whole model, checked to be worth a comparison.
+
+        Raises:
+            SurgeryError: if the call fails in double precision, returns no tensor, or returns NaN.
+        """
+        try:
+            outputs = self.run(self._model, args, kwargs)
+        except Exception as failure:  # foreign code may raise anything
+            raise SurgeryError(
+                f"Expected the example call to run in evaluation mode and float64, but it raised "
+                f"{type(failure).__name__}: {failure}"
+            ) from failure
+        if not any(not output.internal for output in outputs.values()):
+            raise SurgeryError(
+                "Expected the example call to return a tensor, but it returns none, so a removal cannot be verified."
+            )
+        for path, output in outputs.items():
+            if output.tensor.is_floating_point() and bool(output.tensor.isnan().any()):
+                raise SurgeryError(
+                    f"Expected finite outputs of the example call, but {path} holds NaN before anything is removed. "
+                    "Check the weights and the example."
+                )
+        return outputs
+
+
 @contextmanager
-def _fixed_randomness(devices: Collection[torch.device]) -> Iterator[None]:
-    """Random number generators start from 0, and are restored afterwards."""
+def _restored_randomness(devices: Collection[int]) -> Iterator[None]:
     python_state, state = random.getstate(), torch.get_rng_state()
     states = {device: torch.cuda.get_rng_state(device) for device in devices}
     try:
-        random.seed(0)
-        torch.default_generator.manual_seed(
-            0
-        )  # torch.manual_seed costs milliseconds: it queues seeds for every backend
-        for device in devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(0)
         yield
     finally:
         random.setstate(python_state)
         torch.set_rng_state(state)
         for device, saved in states.items():
             torch.cuda.set_rng_state(saved, device)
-
-
-def run(call: nn.Module, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outputs:
-    """The outputs of ``call(*args, **kwargs)`` in evaluation mode and double precision.
-
-    ``call`` is ``model`` or one of its sub-modules. Random number generators, training flags and buffers of ``model``
-    are left as they were; functions that draw random numbers all the same draw the same ones each time.
-    """
-    devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with ExitStack() as stack:
-        stack.enter_context(_fixed_randomness(devices))
-        stack.enter_context(evaluation(model))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(decomposed())
-        for device in {"cpu", *(device.type for device in devices)}:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        inputs = to_double((tuple(args), dict(kwargs)))
-        with DoublePrecision():
-            outputs = flatten(call(*inputs[0], **inputs[1]))
-        for buffer, before in buffers:
-            if buffer.shape == before.shape:
-                buffer.copy_(before)
-    return outputs
-
-
-def check_reference(outputs: Outputs) -> None:
-    """Raise SurgeryError where a comparison with ``outputs`` would say nothing."""
-    if not any(not output.internal for output in outputs.values()):
-        raise SurgeryError(
-            "Expected the example call to return a tensor, but it returns none, so a removal cannot be verified."
-        )
-    for path, output in outputs.items():
-        if output.tensor.is_floating_point() and bool(output.tensor.isnan().any()):
-            raise SurgeryError(
-                f"Expected finite outputs of the example call, but {path} holds NaN before anything is removed. "
-                "Check the weights and the example."
-            )
 
 
 def difference(reference: Outputs, outputs: Outputs) -> float:

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_compress.polynomials import Polynomial
-from lightning_compress.structures import AttributeEdit, CoreEdit, Edit, ShimEdit, Structure
+from lightning_compress.structures import CoreEdit, Edit, ShimEdit, Structure, Tier
 from lightning_compress.surgery.attributes import (
     Candidate,
     anchor,
@@ -31,26 +30,14 @@ from lightning_compress.surgery.attributes import (
 )
 from lightning_compress.surgery.edits import Removal, faced_side, install, shim_dim, zeroed_axes
 from lightning_compress.surgery.precision import add_tiled, to_double, zero_positions
-from lightning_compress.surgery.slicing import is_torch_layer, named_tensors
+from lightning_compress.surgery.slicing import named_tensors
 from lightning_compress.surgery.transaction import Transaction
-from lightning_compress.surgery.verify import Mismatch, Outputs, check_reference, difference, flatten, run
+from lightning_compress.surgery.verify import Mismatch, Outputs, Rehearsal, difference, flatten
+from lightning_compress.surgery.ways import Found, edited, frozen_shims, harmonised, without_companions
 
 # Forward passes that the search for the attributes of one structure may take, per place where it looks.
 ATTEMPTS = 64
 NO_INFLUENCE = "its weights do not influence the outputs of the traced call, so that nothing can be verified"
-
-
-@dataclass(frozen=True)
-class Found:
-    """How a structure goes.
-
-    Args:
-        structure: with ``tier`` and ``edits`` filled in.
-        keys: keys of the candidates that were needed, to replay them on a look-alike.
-    """
-
-    structure: Structure
-    keys: tuple[tuple[Any, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,10 +50,10 @@ class Call:
 
 
 class Workbench:
-    """Attempts at the removal of units from one model. The model must be in double precision for its whole life
-    (``DoubleWeights``).
+    """Attempts at the removal of units from one model, which must be in double precision (``DoubleWeights``).
 
     Args:
+        rehearsal: of the model.
         model: the model.
         structures: all structures that are known of it.
         removals: those that lose units.
@@ -77,6 +64,7 @@ class Workbench:
 
     def __init__(
         self,
+        rehearsal: Rehearsal,
         model: nn.Module,
         structures: Iterable[Structure],
         removals: Sequence[Removal],
@@ -85,6 +73,7 @@ class Workbench:
         tolerance: float,
     ) -> None:
         self.model = model
+        self._rehearsal = rehearsal
         self.structures = {s.name: s for s in structures}
         self.removals = {r.structure.name: r for r in removals}
         self.counts = {s.name: float(s.units) for s in self.structures.values()}
@@ -101,7 +90,6 @@ class Workbench:
 
         zero_positions(self.tensors, zeroed_axes(removals))
         self.reference = self._watched_run({anchor(r.structure) for r in removals if r.structure.tier is None})
-        check_reference(self.reference)
 
     # Runs
 
@@ -124,7 +112,7 @@ class Workbench:
             handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(after, with_kwargs=True))
         try:
-            return run(self.model, self.model, self._args, self._kwargs)
+            return self._rehearsal.reference(self._args, self._kwargs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -132,9 +120,9 @@ class Workbench:
     def _compare(self, path: str) -> float:
         """Error of the model as it is now at the anchor ``path``, "" for the whole model."""
         if not path:
-            return difference(self.reference, run(self.model, self.model, self._args, self._kwargs))
+            return difference(self.reference, self._rehearsal.run(self.model, self._args, self._kwargs))
         call = self._calls[path]
-        return difference(call.outputs, run(self.modules[path], self.model, call.args, call.kwargs))
+        return difference(call.outputs, self._rehearsal.run(self.modules[path], call.args, call.kwargs))
 
     def _place_to_try(self, structure: Structure) -> str:
         """The anchor of ``structure`` if it can be run alone, else the whole model."""
@@ -149,7 +137,7 @@ class Workbench:
         return path if self._trusted[path] else ""
 
     def error_of(self, removals: Sequence[Removal], path: str = "") -> float:
-        """Error with ``removals`` carried out; everything is rolled back. Raises what the forward or the edits raise."""
+        """Error with ``removals`` carried out, then rolled back; raises what the forward or the edits raise."""
         names = {r.structure.name for r in removals}
         bystanders = [s for s in self.structures.values() if s.name not in names]
         transaction = Transaction(self._touched(removals))
@@ -179,14 +167,12 @@ class Workbench:
             return f"{type(failure).__name__}: {' '.join(str(failure).split())[:160]}"
         return None if error <= self.tolerance else f"the outputs differ by {error:.1e}"
 
-    def influences(self, structure: Structure) -> bool:
-        """Whether the weights that read (or, for Q/K dims, make) the units of ``structure`` have a say in what its
-        anchor returns.
+    def influences(self, structure: Structure, path: str) -> bool:
+        """Whether the weights that silence the units of ``structure`` have a say in what the module ``path`` returns.
 
         All units are asked together: a single one may be dead on the example, and removing it is none the worse for
         that.
         """
-        path = self._place_to_try(structure)
         saved = {piece.parameter: self.tensors[piece.parameter].data for piece in structure.slices if piece.zero}
         noise = torch.randn(127, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         try:
@@ -205,7 +191,7 @@ class Workbench:
     def find(self, removal: Removal) -> Found | str:
         """The first way in which ``removal`` goes alone, or the reasons why none does."""
         place = self._place_to_try(removal.structure)
-        if not self.influences(removal.structure):
+        if not self.influences(removal.structure, place):
             return NO_INFLUENCE
         native = self._find_native(removal, place)
         if isinstance(native, Found):
@@ -232,7 +218,7 @@ class Workbench:
                 if any(key not in mine for key in wanted):
                     return None
                 chosen += [mine[key] for key in wanted]
-        return _edited(removal, found.structure.tier, base, chosen)
+        return edited(removal, found.structure.tier, base, chosen)
 
     def _find_native(self, removal: Removal, place: str) -> Found | str:
         base = core_edits(removal.structure, self.modules)
@@ -276,41 +262,42 @@ class Workbench:
             ):
                 return f"{piece.parameter!r} belongs to no layer whose output or input carries the units"
             for side in sides:
-                edits.setdefault(ShimEdit(path, side, shim_dim(module)))  # type: ignore[arg-type]
+                edits.setdefault(ShimEdit(path, side, shim_dim(module)))
         return tuple(edits)
 
     def _search(
-        self, removal: Removal, tier: str, base: tuple[Edit, ...], pools: Sequence[tuple[str, list[Candidate], int]]
+        self, removal: Removal, tier: Tier, base: tuple[Edit, ...], pools: Sequence[tuple[str, list[Candidate], int]]
     ) -> Found | str:
         reasons: Counter[str] = Counter()
         for number, (place, pool, limit) in enumerate(pools):
             for selection in selections(pool, limit):
                 if number and not selection:
                     continue
-                reason = self.attempt([_edited(removal, tier, base, selection)], place)
+                reason = self.attempt([edited(removal, tier, base, selection)], place)
                 if reason is not None:
                     reasons[reason] += 1
                     continue
                 needed = list(selection)
                 for candidate in selection:
                     fewer = [c for c in needed if c is not candidate]
-                    if self.attempt([_edited(removal, tier, base, fewer)], place) is None:
+                    if self.attempt([edited(removal, tier, base, fewer)], place) is None:
                         needed = fewer
-                way = _edited(removal, tier, base, needed)
+                way = edited(removal, tier, base, needed)
                 if place and self._shared_beyond(removal.structure, place) and self.attempt([way]) is not None:
                     continue
                 return Found(way.structure, tuple(c.key for c in needed))
         return f"{reasons.most_common(1)[0][0]} ({sum(reasons.values())} attempts)"
 
     def _shared_beyond(self, structure: Structure, place: str) -> bool:
-        """Whether a module outside ``place`` holds a tensor of ``structure``, so that a run of ``place`` alone proves little."""
+        """Whether a module outside ``place`` shares a tensor of ``structure``: a run of ``place`` alone proves "
+        "little."""
         touched = {id(self.tensors[name]) for name in structure.parameters}
         return any(id(tensor) in touched and not is_inside(name, place) for name, tensor in self.tensors.items())
 
     # All structures together
 
     def resolve(self) -> tuple[dict[str, Removal], dict[str, str]]:
-        """For every removal a way that works together with all the others; and the reasons for those without one."""
+        """The ways of all removals, which work together, and the reasons for those without one."""
         ways = {name: r for name, r in self.removals.items() if r.structure.tier is not None}
         failures: dict[str, str] = {}
         groups: dict[Any, list[Removal]] = {}
@@ -330,8 +317,10 @@ class Workbench:
         for removal in group:
             name = removal.structure.name
             way = None if found is None else self.as_like(found, removal)
-            if way is not None:
-                if self.influences(removal.structure):
+            if found is not None and way is not None:
+                # where the first of them could be run alone, so can this one
+                local = anchor(removal.structure) if self._place_to_try(found.structure) else ""
+                if self.influences(removal.structure, local if local in self._calls else ""):
                     ways[name] = way
                 else:
                     failures[name] = NO_INFLUENCE
@@ -349,7 +338,8 @@ class Workbench:
 
     def _resolve_one_by_one(self, ways: dict[str, Removal], failures: dict[str, str]) -> None:
         """Add structures one after the other; one that does not fit gets another way, or goes to ``failures``."""
-        pending, accepted = dict(ways), {}
+        pending = dict(ways)
+        accepted: dict[str, Removal] = {}
         for name, way in pending.items():
             reason = self.attempt(list(harmonised({**accepted, name: way}).values()))
             if reason is not None:
@@ -390,69 +380,3 @@ class Workbench:
             for p in structure.slices
         )
         return structure.kind, structure.units, pieces, sizes
-
-
-def _edited(removal: Removal, tier: str, base: Sequence[Edit], chosen: Iterable[Candidate]) -> Removal:
-    edits = (*base, *(edit for candidate in chosen for edit in candidate.edits()))
-    return replace(removal, structure=replace(removal.structure, tier=tier, edits=edits))  # type: ignore[arg-type]
-
-
-def without_companions(structure: Structure) -> Structure:
-    """``structure`` with only its producers and consumers: between them a shim keeps the original width for everything else."""
-    return replace(structure, slices=tuple(piece for piece in structure.slices if piece.role != "companion"))
-
-
-def harmonised(ways: Mapping[str, Removal]) -> dict[str, Removal]:
-    """One size for an attribute that several structures change.
-
-    Alone, the removal of heads cannot tell heads * qk_dim from heads * vo_dim; that of V/O dims can. Where structures
-    name different sizes for one attribute, the size that depends on all of them is meant.
-    """
-    claims: dict[tuple[str, str], dict[Polynomial, set[str]]] = {}
-    for name, way in ways.items():
-        for edit in way.structure.edits:
-            if isinstance(edit, AttributeEdit):
-                claims.setdefault((edit.module, edit.attribute), {}).setdefault(edit.size, set()).add(name)
-    common: dict[tuple[str, str], Polynomial] = {}
-    for place, sizes in claims.items():
-        claimants = frozenset().union(*sizes.values())
-        fitting = [size for size in sizes if claimants <= size.variables]
-        if len(sizes) > 1 and fitting:
-            common[place] = fitting[0]
-    return {
-        name: _with_edits(
-            way,
-            (
-                replace(edit, size=common[edit.module, edit.attribute])
-                if isinstance(edit, AttributeEdit) and (edit.module, edit.attribute) in common
-                else edit
-                for edit in way.structure.edits
-            ),
-        )
-        for name, way in ways.items()
-    }
-
-
-def frozen_shims(ways: Mapping[str, Removal]) -> dict[str, Removal]:
-    """Sizes between sliced weights with the counts of shimmed structures as constants: that width stays whatever is removed."""
-    constants = {name: float(w.structure.units) for name, w in ways.items() if w.structure.tier == "shim"}
-    shimmed = {e.module for w in ways.values() for e in w.structure.edits if isinstance(e, ShimEdit)}
-    return {
-        name: _with_edits(
-            way,
-            (
-                replace(edit, size=edit.size.substitute(constants))
-                if isinstance(edit, AttributeEdit) and edit.module not in shimmed
-                else edit
-                for edit in way.structure.edits
-            ),
-        )
-        for name, way in ways.items()
-    }
-
-
-def _with_edits(removal: Removal, edits: Iterable[Edit]) -> Removal:
-    return replace(removal, structure=replace(removal.structure, edits=tuple(edits)))
-
-
-__all__ = ["ATTEMPTS", "Found", "Workbench", "frozen_shims", "harmonised", "is_torch_layer"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress.structures import Pinned, Structure, Structures
 from lightning_compress.surgery.apply import TOLERANCE
@@ -16,6 +16,7 @@ from lightning_compress.surgery.guards import check_plain, check_sharing, check_
 from lightning_compress.surgery.precision import DoubleWeights
 from lightning_compress.surgery.slicing import named_tensors
 from lightning_compress.surgery.transaction import Transaction
+from lightning_compress.surgery.verify import Rehearsal
 from lightning_compress.surgery.workbench import Workbench
 
 
@@ -51,8 +52,9 @@ def prove(
     check_plain(model)
     pinned: list[Pinned] = list(structures.pinned)
     removals = []
+    tensors = named_tensors(model)
     for structure in structures:
-        reason = _cannot_even_try(model, structure)
+        reason = _cannot_even_try(model, tensors, structure)
         if reason is None:
             removals.append(Removal(replace(structure, tier=None, edits=()), tuple(range(1, structure.units))))
         else:
@@ -60,18 +62,21 @@ def prove(
     ways: dict[str, Removal] = {}
     if removals:
         buffers = {p for r in removals for p in r.structure.parameters}
-        with Transaction(model.modules()), DoubleWeights(model, perturbed=True, buffers=buffers):
+        with (
+            Transaction(model.modules()),
+            DoubleWeights(model, perturbed=True, buffers=buffers),
+            Rehearsal(model) as rehearsal,
+        ):
             known = [r.structure for r in removals]
-            bench = Workbench(model, known, removals, args, dict(kwargs or {}), tolerance)
+            bench = Workbench(rehearsal, model, known, removals, args, dict(kwargs or {}), tolerance)
             ways, failures = bench.resolve()
         pinned += [_pin(structures[name], reason) for name, reason in failures.items()]
     return structures.rebuilt((ways[s.name].structure for s in structures if s.name in ways), pinned)
 
 
-def _cannot_even_try(model: nn.Module, structure: Structure) -> str | None:
+def _cannot_even_try(model: nn.Module, tensors: Mapping[str, Tensor], structure: Structure) -> str | None:
     if structure.units < 2:
         return "it has a single unit, and one must stay"
-    tensors = named_tensors(model)
     for piece in structure.slices:
         if piece.parameter not in tensors or piece.axis >= tensors[piece.parameter].dim():
             raise ValueError(
