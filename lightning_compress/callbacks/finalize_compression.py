@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_compress.budget import Metric, PerStructure, make_plan, select
 from lightning_compress.callbacks.moments import FitLength, Moment
-from lightning_compress.callbacks.session import CompressionSession
+from lightning_compress.callbacks.session import CompressionSession, log_progress
 from lightning_compress.importance import Importance, TaylorAccumulator, unit_scores
 from lightning_compress.plan import PruningPlan
 from lightning_compress.report import CompressionReport, Latency, StructureCount, count_parameters, file_size, measure_latency
@@ -295,6 +295,7 @@ class FinalizeCompression(Callback):
             done = apply_plan(session.traced, plan, optimizers=trainer.optimizers, verify=verify)
         session.removed(done.plan)
         self.surgery_reports.append(done)
+        log_progress(pl_module, session.progress())
         self._taylor = None
         if self.finished:
             self.report = self._make_report(trainer, pl_module) if self.wants_report else None

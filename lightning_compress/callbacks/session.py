@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from weakref import WeakKeyDictionary
@@ -231,11 +231,27 @@ class CompressionSession:
         self.plan = plan if self.plan is None else self.plan.compose(plan)
         self.version += 1
 
+    def progress(self) -> dict[str, float]:
+        """Part of the units that is zero or removed, and what is left of the prunable multiply-accumulates without them."""
+        assert self.dense is not None and self.structures is not None
+        alive = dict(self.structures.counts)
+        for sparsity in self.sparsities:
+            for name, count in sparsity.alive().items():
+                alive[name] = min(alive[name], count)
+        units = sum(self.dense.counts.values())
+        return {"sparsity": 1.0 - sum(alive.values()) / units, "macs_kept": kept_fraction(self.dense, alive, "macs")}
+
     def fraction_of_now(self, fraction: float, metric: Metric) -> float:
         """A kept fraction of the original prunable cost as a fraction of what is left of it now."""
         assert self.dense is not None and self.structures is not None
         left = kept_fraction(self.dense, self.structures.counts, metric)
         return min(1.0, fraction / left)
+
+
+def log_progress(pl_module: pl.LightningModule, values: Mapping[str, float]) -> None:
+    """Log numbers to the progress bar and the loggers, as of this step."""
+    for name, value in values.items():
+        pl_module.log(name, value, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
 
 
 def is_redirected_step(module: nn.Module, pl_module: pl.LightningModule) -> bool:

@@ -13,10 +13,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_compress.budget import kept_fraction, select
+from lightning_compress.budget import select
 from lightning_compress.callbacks.groups import Groups, chosen_groups, regularizer_for
 from lightning_compress.callbacks.moments import FitLength, Moment
-from lightning_compress.callbacks.session import CompressionSession
+from lightning_compress.callbacks.session import CompressionSession, log_progress
 from lightning_compress.callbacks.shrinkage import CoupledShrinkage, MatrixShrinkage, unit_costs
 from lightning_compress.importance import Importance, TaylorAccumulator, unit_norms, unit_scores
 from lightning_compress.regularizers import tprune_strategy
@@ -391,7 +391,8 @@ class StructuredSparsity(Callback):
         # several optimizers step in turn: the pace of one of them is what counts
         steps /= max(1, len(session.steps.optimizers))
         way = position - self._origin
-        return max(1.0, steps / way * (until - position)) if way > 0 else 1.0
+        # nine tenths of them: gradients pull back, and what is to go should be gone when removal comes
+        return max(1.0, 0.9 * steps / way * (until - position)) if way > 0 else 1.0
 
     def apply_pending(self) -> None:
         """Apply the proximal map for all optimizer steps since the last time."""
@@ -421,18 +422,9 @@ class StructuredSparsity(Callback):
 
     def _log(self, pl_module: pl.LightningModule) -> None:
         session = self._joined()
-        assert session.structures is not None and session.dense is not None
-        others = [c for c in session.sparsities if c is not self]
-        alive = dict(session.structures.counts)
-        for callback in session.sparsities:
-            for name, dead in callback._dead.items():
-                if name in alive:
-                    alive[name] = min(alive[name], int((~dead).sum()))
         number = session.sparsities.index(self)
-        values = {"strength" if not number else f"strength/{number}": self.strength}
-        if not number or not others:
-            total = sum(session.dense.counts.values())
-            values["sparsity"] = 1.0 - sum(alive.values()) / total
-            values["macs_kept"] = kept_fraction(session.dense, alive, "macs")
-        for name, value in values.items():
-            pl_module.log(name, value, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
+        log_progress(pl_module, {f"strength/{number}" if number else "strength": self.strength, **session.progress()})
+
+    def alive(self) -> dict[str, int]:
+        """Structure name -> units that are not zero, of the structures that this instance has looked at."""
+        return {name: int((~dead).sum()) for name, dead in self._dead.items()}
