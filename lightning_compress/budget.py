@@ -48,9 +48,9 @@ def make_plan(
 ) -> PruningPlan:
     """Choose which units stay so that a fraction of one cost is left.
 
-    Units go in the order of their score per cost, smallest first, over all structures at once; the cost of a unit is
-    what its removal saves at that moment (with half of the heads gone, a V/O dim saves half as much). The plan never
-    exceeds the budget; what the last step overshot is filled up again with the best units that still fit.
+    Units go in the order of their score per cost, smallest first, over all structures at once, until the budget is met;
+    see ``selection.choose_global`` for which cost. The plan never exceeds the budget; what the last step overshot is
+    filled up again with the best units that still fit.
 
     Args:
         model: the model that the structures were discovered in.

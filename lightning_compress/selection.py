@@ -6,7 +6,6 @@ is how far down its *ladder* of steps each structure goes.
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,10 +61,10 @@ class Ladder:
 class _State:
     """How far each ladder has been gone down, and what the counts that are left cost."""
 
-    def __init__(self, ladders: Sequence[Ladder], polynomial: Polynomial) -> None:
+    def __init__(self, ladders: Sequence[Ladder], polynomial: Polynomial, removed: Sequence[int] | None = None) -> None:
         self.ladders = ladders
-        self.removed = [0] * len(ladders)
-        self.counts = [float(ladder.units) for ladder in ladders]
+        self.removed = [0] * len(ladders) if removed is None else list(removed)
+        self.counts = [float(ladder.left[steps]) for ladder, steps in zip(ladders, self.removed, strict=True)]
         number = {ladder.name: i for i, ladder in enumerate(ladders)}
         # per structure the monomials in which it occurs: (coefficient, its power, numbers of the other variables)
         self.terms: list[list[tuple[float, int, tuple[int, ...]]]] = [[] for _ in ladders]
@@ -73,7 +72,7 @@ class _State:
             for name in set(names):
                 others = tuple(number[other] for other in names if other != name)
                 self.terms[number[name]].append((coefficient, names.count(name), others))
-        self.cost = polynomial.evaluate({ladder.name: ladder.units for ladder in ladders})
+        self.cost = polynomial.evaluate(dict(zip(number, self.counts, strict=True)))
 
     def change(self, i: int, size: int) -> float:
         """How much the cost falls when structure ``i`` loses ``size`` units; negative where it gains some."""
@@ -114,13 +113,15 @@ class _State:
 def choose_global(
     ladders: Sequence[Ladder], polynomial: Polynomial, budget: float, tolerance: float = 0.01
 ) -> list[int]:
-    """Steps to go down each ladder: smallest score per saved cost first, until the cost is at most ``budget``.
+    """Steps to go down each ladder: smallest score per cost first, until the cost is at most ``budget``.
 
-    Greedy with a lazy heap. As counts fall, every remaining step saves less (coefficients are not negative), so its
-    score per saved cost only rises: a key in the heap is a lower bound, and the smallest key that is still true when
-    recomputed is the smallest of all. The last step overshoots; the best steps that fit are taken back. Where even that
-    leaves the cost more than ``tolerance`` under the budget, one more step of some structure is tried, with a refill,
-    and the best outcome is kept.
+    The cost of a unit that orders the steps is what it costs in the whole model. When half of the heads are gone, a V/O
+    dim saves half as much, but half of its weights are gone too: what other structures remove takes its share of the
+    score and of the cost alike, and their ratio stays. (Dividing the old score by the new cost would make the kind that
+    happened to begin go to its end: all heads, of one dim each.) How far to go is decided by the true cost.
+
+    The last step overshoots; the best steps that fit are taken back. Where even that leaves the cost more than
+    ``tolerance`` under the budget, one more step of some structure is tried, with a refill, and the best outcome stays.
 
     Args:
         ladders: steps of every structure.
@@ -129,63 +130,45 @@ def choose_global(
         tolerance: a cost of at least (1 - tolerance) * budget is near enough.
     """
     state = _State(ladders, polynomial)
-    heap = [
-        (ladder.losses[0] / state.change(i, ladder.sizes[0]), i) for i, ladder in enumerate(ladders) if ladder.sizes
-    ]
-    heapq.heapify(heap)
-    while state.cost > budget:
-        key, i = heap[0]
-        ladder, step = ladders[i], state.removed[i]
-        now = ladder.losses[step] / state.change(i, ladder.sizes[step])
-        if now > key and len(heap) > 1 and now > min(heap[1:3])[0]:
-            heapq.heapreplace(heap, (now, i))
-            continue
-        state.down(i)
-        step += 1
-        if step < len(ladder.sizes):
-            heapq.heapreplace(heap, (ladder.losses[step] / state.change(i, ladder.sizes[step]), i))
-        else:
-            heapq.heappop(heap)
-    _refill(state, budget)
+    if state.cost <= budget:
+        return state.removed
+    ratios = []
+    for i, ladder in enumerate(ladders):
+        if ladder.sizes:
+            cost = state.change(i, 1)
+            ratios += [loss / (size * cost) for loss, size in zip(ladder.losses, ladder.sizes, strict=True)]
+    # owners of all steps, best to remove first; the sort is stable, so the steps of one ladder stay in order
+    owners = torch.repeat_interleave(torch.tensor([len(ladder.sizes) for ladder in ladders]))
+    owners = owners[torch.argsort(torch.tensor(ratios, dtype=torch.float64), stable=True)]
+
+    def after(number: int) -> _State:
+        removed = torch.bincount(owners[:number], minlength=len(ladders)).tolist()
+        return _State(ladders, polynomial, removed)
+
+    number = bisect_left(range(len(owners)), True, key=lambda n: after(n).cost <= budget)
+    state, path = after(number), owners[:number].tolist()
+    _refill(state, path, budget)
     if state.cost < (1 - tolerance) * budget:
-        state = _best_neighbour(state, budget, tolerance)
+        state = _best_neighbour(state, path, budget, tolerance)
     return state.removed
 
 
-def _refill(state: _State, budget: float, without: int = -1) -> None:
-    """Take back steps, best score per cost first, as long as they fit.
-
-    Lazy as above, with the order reversed: adding units only makes other steps dearer, so a key is an upper bound, and
-    a step that does not fit now never will.
-    """
-    heap = []
-    for i, ladder in enumerate(state.ladders):
-        if state.removed[i] and i != without:
-            step = state.removed[i] - 1
-            heap.append(
-                (ladder.losses[step] / state.change(i, -ladder.sizes[step]), i)
-            )  # the change is negative: a max-heap
-    heapq.heapify(heap)
-    while heap:
-        key, i = heap[0]
-        ladder, step = state.ladders[i], state.removed[i] - 1
-        added = -state.change(i, -ladder.sizes[step])
-        if state.cost + added > budget:
-            heapq.heappop(heap)
+def _refill(state: _State, path: Sequence[int], budget: float, without: int = -1) -> None:
+    """Take back the steps of ``path``, last first, that fit; of a structure whose step did not fit no other can."""
+    open_ = {i for i in path if i != without}
+    for i in reversed(path):
+        if i not in open_:
             continue
-        now = -ladder.losses[step] / added
-        if now > key and len(heap) > 1 and now > min(heap[1:3])[0]:
-            heapq.heapreplace(heap, (now, i))
-            continue
-        state.up(i)
-        step -= 1
-        if step >= 0:
-            heapq.heapreplace(heap, (ladder.losses[step] / state.change(i, -ladder.sizes[step]), i))
+        added = -state.change(i, -state.ladders[i].sizes[state.removed[i] - 1])
+        if state.cost + added <= budget:
+            state.up(i)
         else:
-            heapq.heappop(heap)
+            open_.discard(i)
+            if not open_:
+                break
 
 
-def _best_neighbour(state: _State, budget: float, tolerance: float) -> _State:
+def _best_neighbour(state: _State, path: Sequence[int], budget: float, tolerance: float) -> _State:
     """The best of ``state`` and the states with one more step of one structure, refilled with others.
 
     Among those within the tolerance the one that loses the least score; otherwise the one nearest to the budget.
@@ -196,12 +179,18 @@ def _best_neighbour(state: _State, budget: float, tolerance: float) -> _State:
         near = candidate.cost >= enough
         return not near, candidate.loss() if near else -candidate.cost
 
+    # steps of the path that are still gone, in its order: those that a refill may take back
+    left, gone = list(state.removed), []
+    for i in path:
+        if left[i]:
+            gone.append(i)
+            left[i] -= 1
     candidates = [state]
     for i, ladder in enumerate(state.ladders):
         if state.removed[i] < len(ladder.sizes):
             candidate = state.copy()
             candidate.down(i)
-            _refill(candidate, budget, without=i)
+            _refill(candidate, gone, budget, without=i)
             candidates.append(candidate)
     return min(candidates, key=rank)
 
