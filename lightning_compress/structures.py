@@ -9,7 +9,7 @@ them, with the exact cost of the model as a function of
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Literal
 
@@ -225,10 +225,13 @@ class Structures(list[Structure]):
     def rebuilt(self, structures: Iterable[Structure], pinned: Iterable[Pinned] | None = None) -> Structures:
         """The same costs over other (fewer, or proven) structures.
 
-        Variables of structures left out become constants.
+        Variables of structures left out become constants, in sizes and edits too.
         """
         kept = list(structures)
-        gone = {s.name: float(s.units) for s in self if s.name not in {k.name for k in kept}}
+        names = {k.name for k in kept}
+        gone = {s.name: float(s.units) for s in self if s.name not in names}
+        if gone:
+            kept = [_with_constants(structure, gone) for structure in kept]
         return Structures(
             kept,
             weight_macs=self.weight_macs.substitute(gone),
@@ -241,6 +244,16 @@ class Structures(list[Structure]):
         """Only the structures of these kinds; raises ValueError for an unknown kind."""
         check_kinds(kinds)
         return self.rebuilt(s for s in self if s.kind in kinds)
+
+
+def _with_constants(structure: Structure, counts: dict[str, float]) -> Structure:
+    """``structure`` with the kept counts of other structures fixed."""
+    edits = tuple(
+        replace(edit, size=edit.size.substitute(counts)) if isinstance(edit, AttributeEdit) else edit
+        for edit in structure.edits
+    )
+    sizes = dict.fromkeys(size.substitute(counts) for size in structure.sizes)
+    return replace(structure, sizes=tuple(sizes), edits=edits)
 
 
 def check_kinds(kinds: Iterable[str]) -> tuple[str, ...]:

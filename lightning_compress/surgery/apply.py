@@ -10,13 +10,12 @@ from typing import Any
 from torch import nn
 
 from lightning_compress.plan import PruningPlan
-from lightning_compress.structures import Edit, Structure, Tier
+from lightning_compress.structures import Edit, Structure, Tier, named_tensors
 from lightning_compress.surgery.edits import Removal, install, kept_axes, once, zeroed_axes
 from lightning_compress.surgery.errors import SurgeryError
 from lightning_compress.surgery.guards import check_plain, check_sharing, check_weights
 from lightning_compress.surgery.optimizer_state import check_optimizers, cut_state
 from lightning_compress.surgery.precision import DoubleWeights, zero_positions
-from lightning_compress.surgery.slicing import named_tensors
 from lightning_compress.surgery.transaction import Transaction
 from lightning_compress.surgery.verify import Mismatch, Outputs, Rehearsal, difference
 from lightning_compress.surgery.workbench import Workbench

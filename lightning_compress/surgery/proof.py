@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_compress.structures import Pinned, Structure, Structures
+from lightning_compress.structures import Pinned, Structure, Structures, named_tensors
 from lightning_compress.surgery.apply import TOLERANCE
 from lightning_compress.surgery.edits import Removal, kept_axes, once
 from lightning_compress.surgery.errors import SurgeryError
 from lightning_compress.surgery.guards import check_plain, check_sharing, check_weights
 from lightning_compress.surgery.precision import DoubleWeights
-from lightning_compress.surgery.slicing import named_tensors
 from lightning_compress.surgery.transaction import Transaction
 from lightning_compress.surgery.verify import Rehearsal
 from lightning_compress.surgery.workbench import Workbench

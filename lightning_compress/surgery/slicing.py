@@ -16,13 +16,6 @@ from lightning_compress.plan import PruningPlan
 AxisPositions = dict[int, Tensor]
 
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer of ``model`` under each of its names."""
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors.update(model.named_buffers(remove_duplicate=False))
-    return tensors
-
-
 def kept_by_parameter(plan: PruningPlan) -> dict[str, AxisPositions]:
     """parameter -> axis -> positions that stay, for every axis that loses at least one."""
     kept: dict[str, AxisPositions] = {}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_compress.structures import CoreEdit, Edit, ShimEdit, Structure, Tier
+from lightning_compress.structures import CoreEdit, Edit, ShimEdit, Structure, Tier, named_tensors
 from lightning_compress.surgery.attributes import (
     Candidate,
     anchor,
@@ -30,7 +30,6 @@ from lightning_compress.surgery.attributes import (
 )
 from lightning_compress.surgery.edits import Removal, faced_side, install, shim_dim, zeroed_axes
 from lightning_compress.surgery.precision import add_tiled, to_double, zero_positions
-from lightning_compress.surgery.slicing import named_tensors
 from lightning_compress.surgery.transaction import Transaction
 from lightning_compress.surgery.verify import Mismatch, Outputs, Rehearsal, difference, flatten
 from lightning_compress.surgery.ways import Found, edited, frozen_shims, harmonised, without_companions
@@ -289,15 +288,14 @@ class Workbench:
         return f"{reasons.most_common(1)[0][0]} ({sum(reasons.values())} attempts)"
 
     def _shared_beyond(self, structure: Structure, place: str) -> bool:
-        """Whether a module outside ``place`` shares a tensor of ``structure``: a run of ``place`` alone proves "
-        "little."""
+        """Whether a module outside ``place`` shares a tensor of ``structure``, which a run of ``place`` cannot see."""
         touched = {id(self.tensors[name]) for name in structure.parameters}
         return any(id(tensor) in touched and not is_inside(name, place) for name, tensor in self.tensors.items())
 
     # All structures together
 
     def resolve(self) -> tuple[dict[str, Removal], dict[str, str]]:
-        """The ways of all removals, which work together, and the reasons for those without one."""
+        """Ways of all removals that work together, and the reasons for those without one."""
         ways = {name: r for name, r in self.removals.items() if r.structure.tier is not None}
         failures: dict[str, str] = {}
         groups: dict[Any, list[Removal]] = {}

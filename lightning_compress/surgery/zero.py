@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lightning_compress.plan import PruningPlan
+from lightning_compress.structures import named_tensors
 from lightning_compress.surgery.edits import Removal, zeroed_axes
 from lightning_compress.surgery.optimizer_state import zero_state
-from lightning_compress.surgery.slicing import named_tensors
 
 
 @torch.no_grad()
