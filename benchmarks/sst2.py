@@ -64,7 +64,7 @@ METHODS = ("ours", "taylor", "magnitude", "small_dense")
 SIZES = (0.5, 0.25, 0.125)
 SEEDS = (0, 1)
 EPOCHS = 3
-ALPHA, TEMPERATURE, HIDDEN = 0.9, 2.0, 1.0  # weights of the distillation, see `Distilled`
+ALPHA, TEMPERATURE, HIDDEN = 0.9, 2.0, 10.0  # weights of the distillation, see `Distilled`
 TOKENS = 128  # length at which MACs and latency are stated
 
 

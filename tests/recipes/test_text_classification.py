@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import os
 import random
@@ -244,7 +245,8 @@ def test_real_sentences_fit_the_reader() -> None:
 # From the command line
 
 
-def test_command_line_learns(pretrained: Path, sentences: Path, tmp_path: Path) -> None:
+def run_recipe(pretrained: Path, sentences: Path, folder: Path, *arguments: str) -> list[dict[str, str]]:
+    """Fit with the committed configuration plus `arguments`; the rows of the metrics that were logged."""
     command = [
         sys.executable,
         str(ROOT / "recipes" / "text_classification.py"),
@@ -257,13 +259,31 @@ def test_command_line_learns(pretrained: Path, sentences: Path, tmp_path: Path) 
         "--trainer.max_epochs=8",
         "--trainer.accelerator=cpu",
         "--trainer.precision=32-true",
-        "--trainer.logger.class_path=CSVLogger",
-        f"--trainer.logger.save_dir={tmp_path}",
+        "--trainer.logger=CSVLogger",
+        f"--trainer.logger.save_dir={folder}",
+        *arguments,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()
-    column = rows[0].split(",").index("val_accuracy")
-    accuracies = [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
-    assert accuracies[-1] >= 0.9
+    with next(folder.rglob("metrics.csv")).open() as file:
+        return list(csv.DictReader(file))
+
+
+def last(rows: list[dict[str, str]], column: str) -> float:
+    return [float(row[column]) for row in rows if row.get(column)][-1]
+
+
+def test_command_line_learns(pretrained: Path, sentences: Path, tmp_path: Path) -> None:
+    rows = run_recipe(pretrained, sentences, tmp_path)
+    assert last(rows, "val_accuracy") >= 0.9
+
+
+def test_presets_compress(pretrained: Path, sentences: Path, tmp_path: Path) -> None:
+    presets = [f"--config={ROOT / 'callbacks' / name}.yaml" for name in ("group_lasso", "finalize", "distillation")]
+    rows = run_recipe(pretrained, sentences, tmp_path, *presets)
+    assert 0.3 < last(rows, "compression/macs_kept") <= 0.4
+    assert last(rows, "compression/error") <= 1e-6
+    weights = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=False)["state_dict"]
+    units = [tensor.shape[0] for name, tensor in weights.items() if name.endswith("intermediate.dense.weight")]
+    assert len(units) == 2 and min(units) < 32
