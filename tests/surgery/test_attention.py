@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_compress.surgery.attention import SlimMultiheadAttention, resize, sizes, slim_, unslim_
 
@@ -269,33 +271,46 @@ class TestAfterSlicing:
         small = cut(slimmed(original), *REMOVALS[removal])
         zeroed = silence(original, *REMOVALS[removal])
         kept_heads = REMOVALS[removal][0]
-        arguments = inputs(original)
-        for masked in MASKS:
-            extra = masks(masked, HEADS, SOURCES)
-            fewer = dict(extra)
-            if extra["attn_mask"] is not None and extra["attn_mask"].dim() == 3:
-                per_head = extra["attn_mask"].unflatten(0, (BATCH, HEADS))
-                fewer["attn_mask"] = per_head[:, kept_heads].flatten(0, 1)
-            expected, _ = zeroed(*arguments, **extra, need_weights=False)
-            result, none = small(*arguments, **fewer, need_weights=False)
-            assert none is None
-            torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
-            expected, weights = zeroed(*arguments, **extra, average_attn_weights=False)
-            result, fewer_weights = small(*arguments, **fewer, average_attn_weights=False)
-            torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
-            torch.testing.assert_close(fewer_weights, weights[:, kept_heads], rtol=0, atol=1e-12)
+        same_width = original.kdim == original.vdim == EMBED
+        for form in ("cross", "memory", "self") if same_width else ("cross",):
+            arguments = inputs(original, form)
+            for masked in MASKS:
+                extra = masks(masked, HEADS, TARGETS if form == "self" else SOURCES)
+                fewer = dict(extra)
+                if extra["attn_mask"] is not None and extra["attn_mask"].dim() == 3:
+                    per_head = extra["attn_mask"].unflatten(0, (BATCH, HEADS))
+                    fewer["attn_mask"] = per_head[:, kept_heads].flatten(0, 1)
+                expected, _ = zeroed(*arguments, **extra, need_weights=False)
+                result, none = small(*arguments, **fewer, need_weights=False)
+                assert none is None
+                torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+                expected, weights = zeroed(*arguments, **extra, average_attn_weights=False)
+                result, fewer_weights = small(*arguments, **fewer, average_attn_weights=False)
+                torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+                torch.testing.assert_close(fewer_weights, weights[:, kept_heads], rtol=0, atol=1e-12)
 
     def test_the_scale_is_that_of_the_original(self) -> None:
         small = cut(slimmed(make()), [0, 2], [1], [0, 1])
         assert small.scale == 1 / WIDTH**0.5
 
     @pytest.mark.parametrize("removal", REMOVALS)
-    def test_fused_and_plain_kernels_agree(self, removal: str) -> None:
-        small = cut(slimmed(make()), *REMOVALS[removal])
+    def test_fused_kernel_gets_equal_widths_and_plain_kernel_true_ones(
+        self, removal: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        small, widths = cut(slimmed(make()), *REMOVALS[removal]), []
+        attend = F.scaled_dot_product_attention
+
+        def spy(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+            widths.append((q.shape[-1], k.shape[-1], v.shape[-1]))
+            return attend(q, k, v, *rest, **options)
+
+        monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
         arguments = inputs(small)
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            expected, _ = small(*arguments, need_weights=False)
         result, _ = small(*arguments, need_weights=False)
+        with sdpa_kernel(SDPBackend.MATH):
+            expected, _ = small(*arguments, need_weights=False)
+        qk, vo = small.qk_head_dim, small.vo_head_dim
+        assert widths == [(max(qk, vo),) * 3, (qk, qk, vo)]
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
 
     @pytest.mark.parametrize("options", OPTIONS)
