@@ -189,7 +189,7 @@ class FinalizeCompression(Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Read gradients, if they rank the units."""
         session = self._joined()
-        if self.importance != "taylor" or session.structures is None or self.finished or self.skipped:
+        if self.finished or self.skipped or not session.ensure_structures(trainer, pl_module) or self.importance != "taylor":
             return
         if self._taylor is None or tuple(self._taylor.structures) != tuple(session.structures):
             assert session.traced is not None

@@ -17,8 +17,8 @@ class OptimizerSteps:
 
     A hook on the optimizer itself sees exactly the steps that happen: not the micro-batches of gradient accumulation, not a step
     that a gradient scaler skips, each step of each optimizer under manual optimization; and it sees the learning rate of that very
-    step, before a scheduler changes it. A decoupled regularizer shrinks by the *difference* of two readings of ``learning_rate_sum``,
-    so that steps it did not act on at once are not lost.
+    step, before a scheduler changes it. A decoupled regularizer shrinks by the *difference* of two readings of ``sums``, so that steps
+    it did not act on at once are not lost.
 
     Attributes:
         count: steps of all optimizers.
@@ -31,7 +31,6 @@ class OptimizerSteps:
         self._handles: list[RemovableHandle] = []
         self._sums: dict[GroupKey, float] = {}
         self._rates: dict[GroupKey, float] = {}
-        self._steps: dict[int, int] = {}
         self._owner: dict[int, GroupKey] = {}
 
     def attach(self, optimizers: Iterable[Optimizer]) -> None:
@@ -67,7 +66,6 @@ class OptimizerSteps:
             if isinstance(found_inf, Tensor) and bool(found_inf.item()):
                 return
             self.count += 1
-            self._steps[number] = self._steps.get(number, 0) + 1
             for group, options in enumerate(optimizer.param_groups):
                 key = (number, group)
                 self._rates[key] = float(options["lr"])
@@ -88,14 +86,10 @@ class OptimizerSteps:
         """Look the owners up anew: parameter groups may have been added."""
         self._owner.clear()
 
-    def learning_rate_sum(self, key: GroupKey) -> float:
-        """Sum of the learning rates of all steps of the group so far."""
-        return self._sums.get(key, 0.0)
+    def sums(self) -> dict[GroupKey, float]:
+        """Sum of the learning rates of all steps so far, of every group that has stepped."""
+        return dict(self._sums)
 
     def learning_rate(self, key: GroupKey) -> float:
         """Learning rate of the last step of the group, 0.0 before the first."""
         return self._rates.get(key, 0.0)
-
-    def steps(self, key: GroupKey) -> int:
-        """Steps so far of the optimizer of the group."""
-        return self._steps.get(key[0], 0)

@@ -16,7 +16,7 @@ from lightning_compress.unit_groups import UnitGroups
 
 
 class LearningRates:
-    """Learning rates of parameters summed up over the steps that have not been acted on yet."""
+    """Where the parameters of a model are optimized, and with which learning rates."""
 
     def __init__(self, steps: OptimizerSteps, parameters: Mapping[str, nn.Parameter]) -> None:
         self.steps = steps
@@ -25,18 +25,10 @@ class LearningRates:
             key = steps.owner(parameter)
             if key is not None and parameter.requires_grad:
                 self.keys[name] = key
-        self._taken = {key: steps.learning_rate_sum(key) for key in set(self.keys.values())}
-
-    def take(self) -> dict[GroupKey, float]:
-        """Sum of the learning rates of each parameter group since the last call."""
-        sums = {key: self.steps.learning_rate_sum(key) for key in self._taken}
-        pending = {key: total - self._taken[key] for key, total in sums.items()}
-        self._taken = sums
-        return pending
 
     def current(self) -> dict[GroupKey, float]:
         """Learning rate of the last step of each parameter group."""
-        return {key: self.steps.learning_rate(key) for key in self._taken}
+        return {key: self.steps.learning_rate(key) for key in set(self.keys.values())}
 
 
 class Shrinkage(Protocol):
@@ -108,7 +100,7 @@ class CoupledShrinkage:
         return {key: size / total for key, size in sizes.items()}
 
     def _per_structure(self, rates: Mapping[GroupKey, float]) -> list[float]:
-        return [sum(share * rates[key] for key, share in shares.items()) for shares in self._shares]
+        return [sum(share * rates.get(key, 0.0) for key, share in shares.items()) for shares in self._shares]
 
     def protect(self, protected: Mapping[str, Tensor]) -> None:
         mask = torch.zeros(self.groups.total, dtype=torch.bool)
@@ -257,7 +249,7 @@ class MatrixShrinkage:
     def apply(self, strength: float, pending: Mapping[GroupKey, float]) -> None:
         for group in self.groups:
             weight = self.parameters[group.parameter]
-            step = strength * pending[self.rates.keys[group.parameter]]
+            step = strength * pending.get(self.rates.keys[group.parameter], 0.0)
             if step == 0:
                 continue
             if group.axis is None:

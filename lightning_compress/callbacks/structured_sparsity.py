@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_compress.budget import select
 from lightning_compress.callbacks.groups import Groups, chosen_groups, regularizer_for
 from lightning_compress.callbacks.moments import FitLength, Moment
+from lightning_compress.callbacks.optimizer_steps import GroupKey
 from lightning_compress.callbacks.session import CompressionSession, log_progress
 from lightning_compress.callbacks.shrinkage import CoupledShrinkage, MatrixShrinkage, unit_costs
 from lightning_compress.importance import Importance, TaylorAccumulator, unit_norms, unit_scores
@@ -159,6 +160,7 @@ class StructuredSparsity(Callback):
         self._shrinkage: CoupledShrinkage | MatrixShrinkage | None = None
         self._version = -1
         self._applied_at = 0
+        self._applied: dict[GroupKey, float] = {}
         self._refreshed_at = -math.inf
         self._taylor: TaylorAccumulator | None = None
         self._taylor_state: Mapping[str, Any] | None = None
@@ -224,7 +226,7 @@ class StructuredSparsity(Callback):
         assert self._moment is not None and self._length is not None
         self._origin = self._moment.position(trainer, self._length)
         self._steps_at_origin = session.steps.count
-        self._applied_at = session.steps.count
+        self._skip_pending()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch optimizers that were replaced meanwhile, too."""
@@ -233,7 +235,7 @@ class StructuredSparsity(Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Read gradients for the importance; in mode "loss" add the gradient of the penalty."""
         session = self._joined()
-        if session.structures is None or not self._is_active(trainer):
+        if not session.ensure_structures(trainer, pl_module) or not self._is_active(trainer):
             return
         self._follow()
         if self._taylor is not None and session.steps.count % TAYLOR_EVERY == 0:
@@ -256,10 +258,12 @@ class StructuredSparsity(Callback):
         if session.steps.count == self._applied_at:
             return
         position = self._position(trainer)
-        due = position >= self._refreshed_at + (1 - self._start) / REFRESHES
-        if due or session.steps.count - self._applied_at >= self.every_n_steps:
-            self.apply_pending()
-        if due:
+        if first := self._refreshed_at == -math.inf:
+            self._refresh(trainer, pl_module, position)
+        if session.steps.count - self._applied_at < self.every_n_steps:
+            return
+        self.apply_pending()
+        if not first and position >= self._refreshed_at + (1 - self._start) / REFRESHES:
             self._refresh(trainer, pl_module, position)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -306,8 +310,7 @@ class StructuredSparsity(Callback):
 
     def _skip_pending(self) -> None:
         self._applied_at = self._joined().steps.count
-        if self._shrinkage is not None:
-            self._shrinkage.rates.take()
+        self._applied = self._joined().steps.sums()
 
     def _follow(self) -> None:
         """Make the groups those of the structures as they are now."""
@@ -399,8 +402,9 @@ class StructuredSparsity(Callback):
         session = self._joined()
         if self._shrinkage is None or session.steps.count == self._applied_at:
             return
-        self._applied_at = session.steps.count
-        pending = self._shrinkage.rates.take()
+        sums = session.steps.sums()
+        pending = {key: total - self._applied.get(key, 0.0) for key, total in sums.items()}
+        self._skip_pending()
         if self.mode == "proximal" and self.strength > 0:
             self._shrinkage.apply(self.strength, pending)
 
@@ -427,4 +431,6 @@ class StructuredSparsity(Callback):
 
     def alive(self) -> dict[str, int]:
         """Structure name -> units that are not zero, of the structures that this instance has looked at."""
+        if self._version != self._joined().version:
+            return {}  # counted before a removal
         return {name: int((~dead).sum()) for name, dead in self._dead.items()}

@@ -43,9 +43,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Two blocks of 4 heads and 20 FFN units each."""
+    """Two blocks of 4 heads and 96 FFN units each."""
 
-    def __init__(self, width: int = 16, heads: int = 4, ffn: int = 20, blocks: int = 2) -> None:
+    def __init__(self, width: int = 16, heads: int = 4, ffn: int = 96, blocks: int = 2) -> None:
         super().__init__()
         self.embed = nn.Linear(5, width)
         self.blocks = nn.ModuleList(Block(width, heads, ffn) for _ in range(blocks))

@@ -20,8 +20,8 @@ def test_learning_rates_are_summed_per_group_and_step() -> None:
     assert steps.count == 3
     key_a, key_b = steps.owner(a), steps.owner(b)
     assert key_a is not None and key_b is not None and steps.owner(c) is None
-    assert steps.learning_rate_sum(key_a) == pytest.approx(0.1 + 0.05 + 0.025)
-    assert steps.learning_rate_sum(key_b) == pytest.approx(0.01 + 0.005 + 0.0025)
+    assert steps.sums()[key_a] == pytest.approx(0.1 + 0.05 + 0.025)
+    assert steps.sums()[key_b] == pytest.approx(0.01 + 0.005 + 0.0025)
     assert steps.learning_rate(key_a) == pytest.approx(0.025)  # of the last step, not of the next
     steps.detach()
     optimizer.step()
