@@ -1,6 +1,6 @@
-"""Fine-tune a pretrained text encoder and, with a preset of `callbacks/`, make it smaller in the same fit.
+"""Fine-tune a pretrained text encoder and, with the presets of `callbacks/`, make it smaller in the same fit.
 
-Online, any dataset and model of the Hugging Face hub by name:
+Any dataset and model of the Hugging Face hub by name:
 
     python recipes/text_classification.py fit --config recipes/text_classification.yaml \
         --model.pretrained=bert-base-uncased --data.dataset=stanfordnlp/sst2
@@ -9,9 +9,12 @@ Offline, a local model folder, and a folder with `train.tsv`, `dev.tsv` and `tes
 `text TAB label`, no header):
 
     python recipes/text_classification.py fit --config recipes/text_classification.yaml \
-        --model.pretrained=path/to/model --data.dataset=path/to/sst2 --config callbacks/group_lasso.yaml
+        --model.pretrained=path/to/model --data.dataset=path/to/sst2 \
+        --config callbacks/group_lasso.yaml --config callbacks/finalize.yaml --config callbacks/distillation.yaml
 
-Without the last option the model is trained densely. Needs the extras `hf` and `recipes`.
+Without the last line the model is trained densely. Expected, for all-MiniLM-L6-v2 and SST-2 (6,920 training sentences):
+EXPECTED
+Needs the extras `hf` and `recipes`.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ class SentenceClassifier(nn.Module):
         hidden = output.last_hidden_state  # (batch, tokens, width)
         real = attention_mask.unsqueeze(-1).to(hidden.dtype)  # (batch, tokens, 1)
         pooled = (hidden * real).sum(1) / real.sum(1)  # (batch, width)
-        # Padding tells nothing: zeros in student and teacher alike, so that a distillation loss sees real tokens only.
+        # Padding tells nothing: zeros, so that who compares the hidden states of two models compares real tokens only.
         states = tuple(state * real for state in output.hidden_states) if output_hidden_states else None
         return SequenceClassifierOutput(logits=self.classifier(self.dropout(pooled)), hidden_states=states)
 
@@ -73,9 +76,7 @@ class TextClassification(L.LightningModule):
         return self.model(input_ids, attention_mask).logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        # The hidden states exist anyway; asking for them lets `Distillation` compare them with its teacher's.
-        output = self.model(batch["input_ids"], batch["attention_mask"], output_hidden_states=True)
-        loss = nn.functional.cross_entropy(output.logits, batch["labels"])
+        loss = nn.functional.cross_entropy(self(batch["input_ids"], batch["attention_mask"]), batch["labels"])
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
