@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -80,6 +81,11 @@ class Trace(TorchDispatchMode):
         self._dims: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._sources: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._active: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._serials: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._numbers = count()
+        self._made_from: dict[int, list[int]] = {}
+        self._used: set[int] = set()
+        self._deferred: list[tuple[list[int], Axis, str, tuple[str, ...]]] = []
         self._storages: dict[tuple[int, tuple[int, ...]], Member] = {}
         named = [(True, *item) for item in model.named_parameters()] + [
             (False, *item) for item in model.named_buffers()
@@ -139,6 +145,37 @@ class Trace(TorchDispatchMode):
             if self.sources(tensor):
                 for axis in self.dims(tensor):
                     self.note(tensor, axis, "producer")
+
+    def pin_if_used(self, call: Call, axis: Axis | None, reason: str, *marks: str) -> None:
+        """Pin and mark an axis at the end of the pass, unless nothing that the model returns depends on this call.
+
+        Attention weights averaged over the heads, say, are often computed for nobody.
+        """
+        if axis is not None:
+            self._deferred.append(([self._serial(t) for t in call.outputs], axis, reason + PLACE.get(), marks))
+
+    def finish(self, outputs: Sequence[Tensor]) -> None:
+        """Pin what the model returns, and what was left to be decided until it is known what that depends on."""
+        for tensor in outputs:
+            for axis in self.dims(tensor):
+                axes.pin(axis, OUTPUT)
+        used = set(self._used)
+        queue = [*used, *(self._serial(tensor) for tensor in outputs)]
+        while queue:
+            serial = queue.pop()
+            used.add(serial)
+            queue.extend(s for s in self._made_from.pop(serial, ()) if s not in used)
+        for serials, axis, reason, marks in self._deferred:
+            if used.intersection(serials):
+                axes.pin(axis, reason)
+                axes.mark(axis, *marks)
+
+    def _serial(self, tensor: Tensor) -> int:
+        """A number of its own for every tensor; ids are used again when tensors die."""
+        number = self._serials.get(tensor)
+        if number is None:
+            number = self._serials[tensor] = next(self._numbers)
+        return number
 
     def count(self, factors: Sequence[Axis | None], weight: bool, factor: int = 1) -> None:
         """Count the multiply-accumulates of one contraction."""
@@ -205,11 +242,22 @@ class Trace(TorchDispatchMode):
                 reason = f"it could not be followed through {call.name}"
             for tensor in call.inputs:
                 for axis in self.dims(tensor):
-                    axes.pin(axis, reason)
+                    if call.outputs:
+                        self.pin_if_used(call, axis, reason)
+                    else:
+                        axes.pin(axis, reason)
             for output in call.outputs:
                 if id(output) not in aliases:
                     self._dims[output] = self.pinned(output, reason)
         self._propagate(call, aliases)
+        inputs = [self._serial(tensor) for tensor in call.inputs]
+        for output in call.outputs:
+            if id(output) in aliases:  # what is written in place may be read through any view of it
+                self._used.update(inputs)
+            else:
+                self._made_from.setdefault(self._serial(output), []).extend(inputs)
+        if not call.outputs:  # a number that Python reads
+            self._used.update(inputs)
 
     def _check(self, call: Call, results: list[Dims]) -> None:
         """Our own invariant: a rule describes every output, and sizes agree."""
@@ -317,9 +365,7 @@ def trace(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] 
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
-    for tensor in output_tensors(outputs):
-        for axis in watched.dims(tensor):
-            axes.pin(axis, OUTPUT)
+    watched.finish(list(output_tensors(outputs)))
     return watched
 
 

@@ -287,6 +287,35 @@ def test_stays_whole(name):
     assert reason in pinned.reasons
 
 
+def test_what_nobody_uses_pins_nothing():
+    """The attention weights, averaged over the heads, that nn.MultiheadAttention returns by default."""
+
+    class Attend(nn.Module):
+        def __init__(self, use: bool) -> None:
+            super().__init__()
+            self.attention, self.out, self.use = nn.MultiheadAttention(20, 4, batch_first=True), nn.Linear(20, 3), use
+
+        def forward(self, x):
+            mixed, weights = self.attention(x, x, x)
+            return self.out(mixed) + (weights.mean() if self.use else 0)
+
+    x = torch.randn(2, 5, 20)
+    assert "head" in {s.kind for s in trace_structures(Attend(use=False), (x,))}
+    used = trace_structures(Attend(use=True), (x,))
+    assert "head" not in {s.kind for s in used}
+    assert any("reduced over by mean" in r for p in used.pinned for r in p.reasons)
+
+
+def test_what_is_written_in_place_counts_as_used():
+    def forward(s, x):
+        out = torch.zeros(6, 7)
+        out[:] = s.a(x).mean(-1, keepdim=True)
+        return out + s.b(F.relu(s.a(x)))
+
+    structures = trace_structures(Lambda(forward, a=A(), b=B()), (ROWS,))
+    assert not [s for s in structures if s.units == 50]
+
+
 def test_reasons_name_the_module():
     example = MODELS["BERT"]
     structures = trace_structures(example.model(), example.args, example.kwargs)

@@ -38,8 +38,7 @@ def reduce(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     over = set(call.dims())
     for i in over:
         if dims:
-            axes.pin(dims[i], f"it is reduced over by {call.name}")
-            axes.mark(dims[i], "normalised")
+            trace.pin_if_used(call, dims[i], f"it is reduced over by {call.name}", "normalised")
     keep = call.outputs[0].dim() == len(dims) and len(dims) > 0
     return [_reduced(dims, over, keep) for _ in call.outputs]
 
@@ -72,7 +71,7 @@ def along_dimension(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped
         over = [call.dim()] if "dim" in call.named else [rank - 1]
     reason = f"its positions depend on each other in {call.name.strip('_')}"
     for i in over:
-        axes.pin(dims[i], reason)
+        trace.pin_if_used(call, dims[i], reason)
     results = []
     for output in call.outputs:
         made = trace.pinned(output, reason)
