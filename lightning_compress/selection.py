@@ -16,6 +16,9 @@ from torch import Tensor
 
 from lightning_compress.polynomials import Polynomial
 
+# Where steps are coarse: how many more steps of one structure are tried so that others fit better.
+LARGEST_DETOUR = 4
+
 
 @dataclass(frozen=True)
 class Ladder:
@@ -100,10 +103,6 @@ class _State:
         self.cost -= self.change(i, -size)
         self.counts[i] += size
 
-    def loss(self) -> float:
-        """Sum of the scores of the removed units."""
-        return sum(sum(ladder.losses[:steps]) for ladder, steps in zip(self.ladders, self.removed, strict=True))
-
     def copy(self) -> _State:
         other = _State.__new__(_State)
         other.__dict__.update(self.__dict__, removed=list(self.removed), counts=list(self.counts))
@@ -121,7 +120,8 @@ def choose_global(
     happened to begin go to its end: all heads, of one dim each.) How far to go is decided by the true cost.
 
     The last step overshoots; the best steps that fit are taken back. Where even that leaves the cost more than
-    ``tolerance`` under the budget, one more step of some structure is tried, with a refill, and the best outcome stays.
+    ``tolerance`` under the budget, a few more steps of some structure are tried, with a refill, and the best outcome
+    stays.
 
     Args:
         ladders: steps of every structure.
@@ -157,7 +157,7 @@ def _refill(state: _State, path: Sequence[int], budget: float, without: int = -1
     """Take back the steps of ``path``, last first, that fit; of a structure whose step did not fit no other can."""
     open_ = {i for i in path if i != without}
     for i in reversed(path):
-        if i not in open_:
+        if i not in open_ or not state.removed[i]:
             continue
         added = -state.change(i, -state.ladders[i].sizes[state.removed[i] - 1])
         if state.cost + added <= budget:
@@ -169,15 +169,20 @@ def _refill(state: _State, path: Sequence[int], budget: float, without: int = -1
 
 
 def _best_neighbour(state: _State, path: Sequence[int], budget: float, tolerance: float) -> _State:
-    """The best of ``state`` and the states with one more step of one structure, refilled with others.
+    """The best of ``state`` and the states with a few more steps of one structure, refilled with others.
 
-    Among those within the tolerance the one that loses the least score; otherwise the one nearest to the budget.
+    A refill begins with the best steps, or, where the search is small, with a step of each other structure in turn.
+    Among those within the tolerance the one that moves the least cost between structures; otherwise the one nearest to
+    the budget.
     """
     enough = (1 - tolerance) * budget
+    costs = [state.change(i, 1) for i in range(len(state.ladders))]
 
     def rank(candidate: _State) -> tuple[bool, float]:
-        near = candidate.cost >= enough
-        return not near, candidate.loss() if near else -candidate.cost
+        if candidate.cost < enough:
+            return True, -candidate.cost
+        changes = zip(costs, candidate.counts, state.counts, strict=True)
+        return False, sum(cost * abs(new - old) for cost, new, old in changes)
 
     # steps of the path that are still gone, in its order: those that a refill may take back
     left, gone = list(state.removed), []
@@ -185,13 +190,21 @@ def _best_neighbour(state: _State, path: Sequence[int], budget: float, tolerance
         if left[i]:
             gone.append(i)
             left[i] -= 1
+    number = len(state.ladders)
+    small = number**2 * len(gone) <= 200_000
     candidates = [state]
     for i, ladder in enumerate(state.ladders):
-        if state.removed[i] < len(ladder.sizes):
-            candidate = state.copy()
-            candidate.down(i)
-            _refill(candidate, gone, budget, without=i)
-            candidates.append(candidate)
+        lower = state.copy()
+        for _ in range(min(LARGEST_DETOUR, len(ladder.sizes) - state.removed[i])):
+            lower.down(i)
+            for first in (None, *range(number)) if small else (None,):
+                candidate = lower.copy()
+                if first is not None and first != i and candidate.removed[first]:
+                    candidate.up(first)
+                    if candidate.cost > budget:
+                        continue
+                _refill(candidate, gone, budget, without=i)
+                candidates.append(candidate)
     return min(candidates, key=rank)
 
 

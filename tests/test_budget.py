@@ -1,4 +1,5 @@
 import warnings
+from copy import deepcopy
 from itertools import compress, product
 from typing import Any
 
@@ -8,10 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lightning_compress.analysis import discover
 from lightning_compress.budget import BudgetWarning, cost_polynomial, kept_fraction, make_plan, select
+from lightning_compress.importance import unit_scores
+from lightning_compress.plan import PruningPlan
 from lightning_compress.polynomials import Polynomial
 from lightning_compress.selection import Ladder, choose_global, choose_uniform
 from lightning_compress.structures import Pinned, Structure, Structures
+from lightning_compress.surgery import apply_plan
 from tests.hand_made import Attention, FeedForward, attention_structures, feed_forward_structures, joined
 
 
@@ -79,14 +84,14 @@ def test_heads_and_their_dims_go_at_the_same_pace() -> None:
     # the score of a head is the sum over its dims and the other way round, as a norm is: both rank alike
     by_head_and_dim = torch.rand(16, 16) + 0.5
     structures = Structures(
-        [Structure("head", "head", 16, ()), Structure("dim", "vo_dim", 16, ())],
-        weight_macs=Polynomial({("dim", "head"): 1.0}),
+        [Structure("head", "head", 16, ()), Structure("dim", "vo_dim", 16, ()), Structure("ffn", "ffn", 256, ())],
+        weight_macs=Polynomial({("dim", "head"): 1.0, ("ffn",): 1.0}),
     )
-    scores = {"head": by_head_and_dim.sum(1), "dim": by_head_and_dim.sum(0)}
+    scores = {"head": by_head_and_dim.sum(1), "dim": by_head_and_dim.sum(0), "ffn": 2 * torch.rand(256)}
     for fraction in (0.8, 0.5, 0.2, 0.1):
         counts = counts_of(select(structures, scores, macs=fraction))
         assert abs(counts["head"] - counts["dim"]) <= 6
-        assert min(counts.values()) >= 3
+        assert counts["ffn"] < 256
 
 
 def test_what_the_last_step_overshoots_comes_back() -> None:
@@ -336,8 +341,6 @@ def test_a_plan_keeps_what_select_keeps() -> None:
     model, structures = Model(), model_structures()
     plan = make_plan(model, structures, units=0.6, round_to={"vo_dim": 2})
     plan.check(model)
-    from lightning_compress.importance import unit_scores
-
     masks = select(structures, unit_scores(model, structures), units=0.6, round_to={"vo_dim": 2})
     assert plan.kept == {name: tuple(torch.nonzero(mask).flatten().tolist()) for name, mask in masks.items()}
     assert kept_fraction(structures, plan.counts, "units") == 0.6
@@ -494,3 +497,34 @@ def test_the_ladder_of_a_structure() -> None:
         [False, False, False, True, True],
     ]
     assert Ladder.of("a", "ffn", torch.ones(3), multiple=1, floor=3).left == (3,)
+
+
+# With discovery
+
+
+def test_plans_of_discovered_structures_meet_their_budgets() -> None:
+    layer = nn.TransformerEncoderLayer(32, nhead=4, dim_feedforward=512, batch_first=True).eval()
+    structures = discover(layer, (torch.randn(2, 6, 32),))
+    for metric in ("macs", "params"):
+        for fraction in (0.7, 0.3):
+            plan = make_plan(layer, structures, **{metric: fraction})  # type: ignore[arg-type]
+            assert 0.99 * fraction <= kept_fraction(structures, plan.counts, metric) <= fraction  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("first", [0.6, 0.3])
+def test_two_rounds_are_their_composition(first: float) -> None:
+    """Remove, discover costs anew by ``shrunk``, remove again: parameters are those that the composed plan promises."""
+    model = nn.Sequential(nn.Linear(6, 200), nn.GELU(), nn.Linear(200, 150), nn.GELU(), nn.Linear(150, 3)).double()
+    batch = torch.randn(4, 6, dtype=torch.float64)
+    structures = discover(model, (batch,))
+    dense = deepcopy(model)
+    one = make_plan(model, structures, params=first)
+    apply_plan(model, one, verify=((batch,), {}))
+    two = make_plan(model, one.shrunk(structures), params=0.5)
+    apply_plan(model, two, verify=((batch,), {}))
+    both = one.compose(two)
+    apply_plan(dense, PruningPlan.from_json(both.to_json()), verify=((batch,), {}))
+    assert torch.equal(dense(batch), model(batch))
+    promised = structures.params.evaluate(both.counts)
+    assert promised == sum(p.numel() for p in model.parameters())
+    assert kept_fraction(structures, both.counts, "params") == pytest.approx(first * 0.5, rel=0.02)
