@@ -10,7 +10,8 @@ from torch.nn import functional as F
 def logits_kl(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
     r"""Divergence of softened class distributions.
 
-    .. math:: L = T^2 \, \frac1N \sum_n \mathrm{KL}\bigl(\mathrm{softmax}(t_n / T) \,\Vert\, \mathrm{softmax}(s_n / T)\bigr)
+    .. math:: L = T^2 \, \frac1N \sum_n \mathrm{KL}\bigl(\mathrm{softmax}(t_n / T) \,\Vert\, \mathrm{softmax}(s_n /
+    T)\bigr)
 
     The factor :math:`T^2` keeps the size of the gradients independent of the temperature, so that one weight fits all.
 
@@ -34,7 +35,8 @@ def logits_kl(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Ten
     _check_shapes(student, teacher)
     if student.dim() == 0 or student.shape[-1] < 2:
         raise ValueError(
-            f"Expected logits of two classes or more in the last dim, but got shape {tuple(student.shape)}: a softmax over one class "
+            f"Expected logits of two classes or more in the last dim, but got shape {tuple(student.shape)}: a softmax "
+            f"over one class "
             "is always 1. Use loss='mse' for regression, and for one logit per label."
         )
     classes = student.shape[-1]
@@ -46,7 +48,7 @@ def logits_kl(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Ten
 
 
 def output_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    r"""Mean squared difference, :math:`\frac1N \sum_n (s_n - t_n)^2`; shapes must agree, no gradient flows into the teacher.
+    r"""Mean squared difference, :math:`\frac1N \sum_n (s_n - t_n)^2`; no gradient flows into the teacher.
 
     Raises:
         ValueError: if shapes differ.

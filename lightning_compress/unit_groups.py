@@ -1,4 +1,4 @@
-"""All units of many structures as one flat vector: their coupled norms, and scaling them in place, in few passes over memory."""
+"""All units of many structures as one flat vector: their coupled norms, and scaling them in place."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class UnitGroups:
 
         norm_u = sqrt( sum over slices, over positions p of u:  || tensor[axis = p] ||^2 )
 
-    Units of all structures lie in one flat vector (structure after structure), so that a proximal map is a handful of operations
-    however many layers there are. Norms are taken along whole axes, without gathering: a slice costs one read for its norms and, if
-    it is scaled, one read and one write.
+    Units of all structures lie in one flat vector (structure after structure), so that a proximal map is a handful of
+    operations however many layers there are. Norms are taken along whole axes, without gathering: a slice costs one
+    read for its norms and, if it is scaled, one read and one write.
 
     Args:
         tensors: parameter name -> tensor; a slice whose parameter is missing (frozen, not in an optimizer) is left out.
@@ -89,9 +89,7 @@ class UnitGroups:
         """Euclidean norm of the group of each unit, shape (total,)."""
         if not self._pieces:
             return torch.zeros(self.total, dtype=self.dtype, device=self.device)
-        lengths = [
-            _position_norms(p.tensor, p.axis).to(device=self.device, dtype=self.dtype) for p in self._pieces
-        ]
+        lengths = [_position_norms(p.tensor, p.axis).to(device=self.device, dtype=self.dtype) for p in self._pieces]
         squares = torch.cat(lengths).square_()  # (positions of all slices,)
         units = torch.zeros(self.total + 1, dtype=self.dtype, device=self.device)
         return units.index_add_(0, self._owner, squares)[: self.total].sqrt_()
@@ -141,7 +139,9 @@ class UnitGroups:
     ) -> Iterable[tuple[_Piece, Tensor]]:
         if not self._pieces:
             return
-        padded = torch.cat([values.to(device=self.device, dtype=self.dtype), values.new_full((1,), rest).to(self.device)])
+        padded = torch.cat(
+            [values.to(device=self.device, dtype=self.dtype), values.new_full((1,), rest).to(self.device)]
+        )
         for piece, along in zip(self._pieces, padded[self._owner].split(self._lengths), strict=True):
             if touched is None or piece.structure in touched:
                 shape = [1] * piece.tensor.dim()
@@ -150,5 +150,5 @@ class UnitGroups:
 
 
 def _position_norms(tensor: Tensor, axis: int) -> Tensor:
-    """Norm over all axes but one, shape (size of the axis,), up to sign: a bias is its own, its square is taken later."""
+    """Norm over all axes but one, shape (size of the axis,), up to sign: a bias is its own norm."""
     return tensor.detach() if tensor.dim() == 1 else group_norms(tensor.detach(), axis)

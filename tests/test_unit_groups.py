@@ -11,11 +11,21 @@ from lightning_compress.unit_groups import UnitGroups
 
 
 def structures() -> list[Structure]:
-    """Four units of two interleaved positions each in a matrix's rows and bias, and in another's columns; three units of one row each."""
+    """Four units of two interleaved positions each, in rows, a bias and columns; three units of one row each."""
     table = torch.arange(8).reshape(2, 4).t().contiguous()  # unit u owns positions u and u + 4
     rows = torch.tensor([[0], [2], [4]])  # an axis of size 5, of which 1 and 3 belong to no unit
     return [
-        Structure("a", "head", 4, (Slice("w", 0, 8, table, "producer"), Slice("b", 0, 8, table, "producer"), Slice("v", 1, 8, table, "consumer"), Slice("scale", 0, 8, table, "companion"))),
+        Structure(
+            "a",
+            "head",
+            4,
+            (
+                Slice("w", 0, 8, table, "producer"),
+                Slice("b", 0, 8, table, "producer"),
+                Slice("v", 1, 8, table, "consumer"),
+                Slice("scale", 0, 8, table, "companion"),
+            ),
+        ),
         Structure("c", "ffn", 3, (Slice("u", 0, 5, rows, "producer"),)),
     ]
 
@@ -94,7 +104,9 @@ def test_dead_units_lose_their_moments_even_infinite_ones() -> None:
 def test_scaled_weights_are_added_to_targets() -> None:
     params = tensors()
     targets = {"v": torch.zeros_like(params["v"])}
-    UnitGroups(params, structures()).add_scaled_(targets, torch.tensor([1.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0], dtype=torch.float64))
+    UnitGroups(params, structures()).add_scaled_(
+        targets, torch.tensor([1.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    )
     expected = torch.zeros_like(params["v"])
     expected[:, [0, 4]] = params["v"][:, [0, 4]].detach()
     expected[:, [3, 7]] = 2 * params["v"][:, [3, 7]].detach()

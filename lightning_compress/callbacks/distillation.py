@@ -35,29 +35,31 @@ class Distillation(Callback):
     .. math:: L = (1 - \alpha) L_{\text{task}} + \alpha\, T^2\, \mathrm{KL}(\text{teacher} \Vert \text{student})
         + \beta \, \frac1B \sum_{b} \mathrm{mean}\,(h_b - h_b^{\text{teacher}})^2
 
-    The teacher is a copy of the traced module, made when `StructuredSparsity` begins (or, without one, before the first removal), in
-    evaluation mode. In every training step it is called with exactly the arguments with which the step called the traced module. It is
-    no part of the LightningModule: not of its parameters, its checkpoints or its optimizers. ``training_step`` is wrapped for the time
-    of the fit, and given back after it.
+    The teacher is a copy of the traced module, made when `StructuredSparsity` begins (or, without one, before the first
+    removal), in evaluation mode. In every training step it is called with exactly the arguments with which the step
+    called the traced module. It is no part of the LightningModule: not of its parameters, its checkpoints or its
+    optimizers. ``training_step`` is wrapped for the time of the fit, and given back after it.
 
     Args:
         alpha: weight of the teacher's outputs, in [0, 1].
         temperature: T > 0, for ``loss="kl"``.
-        hidden: weight :math:`\beta \ge 0` of hidden states: outputs of the repeated blocks, the members of every outermost
-            ``torch.nn.ModuleList`` of the traced module, as far as they have one shape in student and teacher (the residual stream).
+        hidden: weight :math:`\beta \ge 0` of hidden states: outputs of the repeated blocks, the members of every
+            outermost ``torch.nn.ModuleList`` of the traced module, as far as they have one shape in student and teacher
+            (the residual stream).
         loss: "kl" for logits, with the classes in the last dim; "mse" for regression.
-        outputs: function from what the traced module returns to the tensor to compare. Default: the tensor itself, or ``logits`` of a
-            mapping or object.
+        outputs: function from what the traced module returns to the tensor to compare. Default: the tensor itself, or
+            ``logits`` of a mapping or object.
         teacher: a module to use instead of the copy, called with the same arguments.
         module: dotted name of the sub-module whose outputs are distilled, as for the other callbacks.
 
     Logs ``distillation_loss``, the sum of all terms but the task's.
 
     Raises:
-        ValueError: for numbers out of range; at the start of the fit under manual optimization, or if nothing says when to copy a
-            teacher; in a step, if the outputs cannot be compared.
+        ValueError: for numbers out of range; at the start of the fit under manual optimization, or if nothing says when
+            to copy a teacher; in a step, if the outputs cannot be compared.
 
-    References: Hinton, Vinyals & Dean 2015, "Distilling the Knowledge in a Neural Network"; Romero et al. 2015, "FitNets".
+    References: Hinton, Vinyals & Dean 2015, "Distilling the Knowledge in a Neural Network"; Romero et al. 2015,
+    "FitNets".
     """
 
     kinds = None
@@ -124,8 +126,10 @@ class Distillation(Callback):
         session = self._joined()
         if not pl_module.automatic_optimization:
             raise ValueError(
-                f"Expected automatic optimization for Distillation, but {type(pl_module).__name__} optimizes manually: its step calls "
-                "backward itself, so that nothing can be added to its loss from outside. Add the term in training_step: "
+                f"Expected automatic optimization for Distillation, but {type(pl_module).__name__} optimizes "
+                f"manually: its step calls "
+                "backward itself, so that nothing can be added to its loss from outside. Add the term in "
+                "training_step: "
                 "loss + alpha * lightning_compress.logits_kl(logits, teacher_logits)."
             )
         session.watch(pl_module)
@@ -136,7 +140,8 @@ class Distillation(Callback):
             self._start = min(c.start for c in session.sparsities)
         elif session.finalizer is None:
             raise ValueError(
-                "Expected a StructuredSparsity or FinalizeCompression beside Distillation, which says when the teacher is copied, but "
+                "Expected a StructuredSparsity or FinalizeCompression beside Distillation, which says when the "
+                "teacher is copied, but "
                 "the Trainer has neither. Add one, or pass a trained module: Distillation(teacher=...)."
             )
 
@@ -146,7 +151,9 @@ class Distillation(Callback):
             self._teacher = self._given.to(pl_module.device).eval()
         self._wrap(pl_module)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Copy the teacher, before the first step that is going to be followed by a shrinkage."""
         if self._teacher is None and self._start is not None:
             assert self._length is not None
@@ -194,7 +201,8 @@ class Distillation(Callback):
         original = pl_module.training_step
         if "training_step" in vars(pl_module):
             raise ValueError(
-                f"Expected training_step to be a method of {type(pl_module).__name__}, but it has been replaced on the instance, for "
+                f"Expected training_step to be a method of {type(pl_module).__name__}, but it has been replaced on "
+                f"the instance, for "
                 "example by another Distillation. Use one Distillation in a Trainer."
             )
 
@@ -268,10 +276,11 @@ class Distillation(Callback):
         return (1 - self.alpha) * result + added
 
     def _output_loss(self, student: Any, teacher: Any) -> Tensor:
-        student, teacher = self._compared(student), self._compared(teacher)
-        return logits_kl(student, teacher, self.temperature) if self.loss == "kl" else output_mse(student, teacher)
+        own, other = self._compared(student), self._compared(teacher)
+        return logits_kl(own, other, self.temperature) if self.loss == "kl" else output_mse(own, other)
 
     def _compared(self, output: Any) -> Tensor:
+        chosen: Any
         if self.outputs is not None:
             chosen = self.outputs(output)
         elif isinstance(output, Mapping):
@@ -280,8 +289,10 @@ class Distillation(Callback):
             chosen = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if not isinstance(chosen, Tensor):
             raise ValueError(
-                f"Expected the traced module {self._joined().traced_name or 'itself'!r} to return a tensor or an object with logits, but "
-                f"got {type(output).__name__}. Say which tensor is distilled: Distillation(outputs=lambda output: output[0])."
+                f"Expected the traced module {self._joined().traced_name or 'itself'!r} to return a tensor or an "
+                f"object with logits, but "
+                f"got {type(output).__name__}. Say which tensor is distilled: Distillation(outputs=lambda output: "
+                f"output[0])."
             )
         return chosen
 
@@ -314,7 +325,8 @@ def _hidden_loss(student: Mapping[str, list[Tensor]], teacher: Mapping[str, list
                 terms.append(output_mse(own, other))
     if not terms:
         raise ValueError(
-            f"Expected repeated blocks with outputs of one shape in student and teacher for hidden above 0, but none of "
+            f"Expected repeated blocks with outputs of one shape in student and teacher for hidden above 0, but none "
+            f"of "
             f"{list(student)} matches {list(teacher)}. Set hidden=0.0."
         )
     return torch.stack(terms).mean()

@@ -30,15 +30,17 @@ class ExampleCall:
 
     @property
     def size(self) -> int | None:
-        """Number of examples in the call: the leading size that all its tensors share; None if they do not share one."""
+        """Number of examples in the call: the leading size that its tensors share; None if they share none."""
         sizes = {t.shape[0] for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor) and t.dim()}
         return sizes.pop() if len(sizes) == 1 else None
 
     def narrowed(self, examples: int) -> ExampleCall | None:
-        """The call with the first ``examples`` of its batch; None if it has no more, or what an example is is not known."""
+        """The call with the first ``examples`` of its batch; None if it has no more, or no common leading size."""
         if self.size is None or self.size <= examples:
             return None
-        narrow = pytree.tree_map_only(Tensor, lambda t: t[:examples].clone() if t.dim() else t, (self.args, self.kwargs))
+        narrow = pytree.tree_map_only(
+            Tensor, lambda t: t[:examples].clone() if t.dim() else t, (self.args, self.kwargs)
+        )
         return ExampleCall(*narrow)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,23 +15,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from lightning_compress.budget import Metric, PerStructure, make_plan, select
+from lightning_compress.budget import BudgetWarning, Metric, PerStructure, make_plan, select
 from lightning_compress.callbacks.moments import FitLength, Moment
 from lightning_compress.callbacks.session import CompressionSession, log_progress
 from lightning_compress.importance import Importance, TaylorAccumulator, unit_scores
 from lightning_compress.plan import PruningPlan
-from lightning_compress.report import CompressionReport, Latency, StructureCount, count_parameters, file_size, measure_latency
+from lightning_compress.report import (
+    CompressionReport,
+    Latency,
+    StructureCount,
+    count_parameters,
+    file_size,
+    measure_latency,
+)
 from lightning_compress.schedules import Shape, ramp
-from lightning_compress.structures import Structures, check_kinds
+from lightning_compress.structures import check_kinds
 from lightning_compress.surgery import SurgeryReport, apply_plan
 
 
 class FinalizeCompression(Callback):
-    """Removes units until a fraction of one cost is left, at a moment of the fit; training goes on with the smaller model.
+    """Removes units until a fraction of one cost is left, in the middle of a fit that then goes on.
 
-    Removal happens right after an optimizer step. The Parameter objects, the optimizers with their state, and the schedulers stay:
-    everything that has the shape of a parameter is cut with it. The smaller model is verified against the model with the removed units
-    set to zero, and if anything does not fit, nothing is changed. After the fit the LightningModule *is* the small model.
+    Removal happens right after an optimizer step. The Parameter objects, the optimizers with their state, and the
+    schedulers stay: everything that has the shape of a parameter is cut with it. The smaller model is verified against
+    the model with the removed units set to zero, and if anything does not fit, nothing is changed. After the fit the
+    LightningModule *is* the small model.
 
     Beside a `StructuredSparsity` this removes the units that it has driven to zero; alone it prunes by importance.
 
@@ -41,14 +50,16 @@ class FinalizeCompression(Callback):
         at: moment of the removal as a fraction of the fit, in (0, 1]; or
         at_epoch: after so many epochs; or
         at_step: after so many optimizer steps. Default: ``at=0.6``.
-        rounds: remove in so many rounds, evenly spaced from the start of sparsifying (or of the fit) to the moment above.
+        rounds: remove in so many rounds, evenly spaced from the start of sparsifying (or of the fit) to the moment
+            above.
         schedule: shape of the budget's way over the rounds.
-        importance: how units are ranked: "norm", "taylor" (first-order, averaged over training steps) or a function of (model,
-            structure). Default: as the `StructuredSparsity` beside it ranks, else "norm".
+        importance: how units are ranked: "norm", "taylor" (first-order, averaged over training steps) or a function of
+            (model, structure). Default: as the `StructuredSparsity` beside it ranks, else "norm".
         per_layer: keep the same fraction of units in every structure of a kind, instead of ranking over all of them.
         round_to: kept counts are multiples of this; a number, or numbers by kind or structure name.
         min_units: every structure keeps at least so many units; likewise.
-        kinds: kinds of structures to remove, in addition to those of `StructuredSparsity`. Default without one: ("head", "ffn").
+        kinds: kinds of structures to remove, in addition to those of `StructuredSparsity`. Default without one:
+            ("head", "ffn").
         report: whether to measure latency and file size, and to print the report.
         module: dotted name of the sub-module to compress. Default: found from the first step.
 
@@ -58,9 +69,9 @@ class FinalizeCompression(Callback):
         surgery_reports: what each removal did.
 
     Raises:
-        ValueError: for contradicting arguments or values out of range; at the start of the fit, if the moment does not come in it;
-            when structures have been discovered, if there are none or the budget lies below the floors; at the removal, if the loss or
-            a weight is not finite.
+        ValueError: for contradicting arguments or values out of range; at the start of the fit, if the moment does not
+            come in it; when structures have been discovered, if there are none or the budget lies below the floors; at
+            the removal, if the loss or a weight is not finite.
     """
 
     def __init__(
@@ -131,14 +142,12 @@ class FinalizeCompression(Callback):
 
     # What StructuredSparsity asks
 
-    def options(self, target: Mapping[Metric, float]) -> dict[str, Any]:
+    def options(self, target: Mapping[str, float]) -> dict[str, Any]:
         """Arguments of ``budget.select`` and ``make_plan``: a target and what else the plan must respect."""
         return {**target, "round_to": self.round_to, "min_units": self.min_units, "per_layer": self.per_layer}
 
     def next_position(self, start: float) -> float:
-        """Position of the next removal on the way from 0 (begin of the fit) to 1 (the last removal), if sparsifying starts at
-        ``start``.
-        """
+        """Position of the next removal, from 0 (begin of the fit) to 1 (the last), if rounds begin at ``start``."""
         return start + (1 - start) * min(1.0, (self._done + 1) / self.rounds)
 
     # Hooks, in the order in which the Trainer calls them
@@ -151,13 +160,17 @@ class FinalizeCompression(Callback):
         session = self._session = CompressionSession.join(pl_module, self)
         if session.finalizer is not None:
             raise ValueError(
-                "Expected one FinalizeCompression in a Trainer, but got two. To remove in several rounds, use rounds=...: "
+                "Expected one FinalizeCompression in a Trainer, but got two. To remove in several rounds, use "
+                "rounds=...: "
                 f"FinalizeCompression({self.metric}={self.fraction:g}, {self.moment}, rounds=2)."
             )
         session.finalizer = self
-        if any(isinstance(c, WeightAveraging) for c in trainer.callbacks):
+        # steps and epochs that a development run does not reach; a fraction of it comes
+        self.skipped = bool(trainer.fast_dev_run) and self.moment.at is None  # type: ignore[attr-defined]
+        if any(isinstance(c, WeightAveraging) for c in trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError(
-                "Expected no WeightAveraging beside FinalizeCompression: it averages the weights of the large model with those of "
+                "Expected no WeightAveraging beside FinalizeCompression: it averages the weights of the large model "
+                "with those of "
                 "the small one. Fine-tune with it in a fit of its own, after this one."
             )
 
@@ -166,11 +179,11 @@ class FinalizeCompression(Callback):
         session = self._joined()
         session.watch(pl_module)
         self._length = FitLength.of(trainer)
-        if trainer.fast_dev_run and self.moment.at is None:
-            self.skipped = True
+        if self.skipped:
             rank_zero_warn(
-                f"fast_dev_run: FinalizeCompression({self.moment}) skips the removal and its report, which come later than the "
-                f"{trainer.fast_dev_run} batch(es) of this run. FinalizeCompression(at=0.6) would remove in it."
+                f"fast_dev_run: FinalizeCompression({self.moment}) skips the removal and its report, which come later "
+                f"than the "
+                "end of this run. FinalizeCompression(at=0.6) would remove in it."
             )
             return
         self.moment.check(self._length, "FinalizeCompression")
@@ -178,7 +191,7 @@ class FinalizeCompression(Callback):
         self._start = min(starts, default=0.0)
 
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Discover the structures with the sanity-validation batch, if there was one, and check the budget against them."""
+        """Discover the structures with the sanity-validation batch, if there was one, and check the budget."""
         if self._joined().ensure_structures(trainer, pl_module):
             self._check_budget()
 
@@ -186,13 +199,20 @@ class FinalizeCompression(Callback):
         """Remember where the fit begins."""
         self._last_step = trainer.global_step
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
         """Read gradients, if they rank the units."""
         session = self._joined()
-        if self.finished or self.skipped or not session.ensure_structures(trainer, pl_module) or self.importance != "taylor":
+        if (
+            self.finished
+            or self.skipped
+            or not session.ensure_structures(trainer, pl_module)
+            or self.importance != "taylor"
+        ):
             return
-        if self._taylor is None or tuple(self._taylor.structures) != tuple(session.structures):
-            assert session.traced is not None
+        assert session.traced is not None and session.structures is not None
+        if self._taylor is None:
             self._taylor = TaylorAccumulator(session.traced, session.structures, decay=0.99)
         self._taylor.update()
 
@@ -225,8 +245,10 @@ class FinalizeCompression(Callback):
         """Say so if the fit ended before the removal."""
         if not self.finished and not self.skipped:
             rank_zero_warn(
-                f"The fit ended after {trainer.global_step} optimizer steps, before FinalizeCompression({self.moment}) had made "
-                f"{'its removal' if self.rounds == 1 else f'all of its {self.rounds} removals'}: the model is not as small as asked. "
+                f"The fit ended after {trainer.global_step} optimizer steps, before "
+                f"FinalizeCompression({self.moment}) had made "
+                f"{'its removal' if self.rounds == 1 else f'all of its {self.rounds} removals'}: the model is not as "
+                f"small as asked. "
                 "Train longer, remove earlier, or let early stopping begin after the removal."
             )
 
@@ -268,7 +290,8 @@ class FinalizeCompression(Callback):
         if self.importance == "taylor":
             if self._taylor is None:
                 raise ValueError(
-                    "Expected gradients before the removal for importance='taylor', but there was no optimizer step after the "
+                    "Expected gradients before the removal for importance='taylor', but there was no optimizer step "
+                    "after the "
                     "structures were discovered. Remove later, or use importance='norm'."
                 )
             return self._taylor.scores()
@@ -288,7 +311,11 @@ class FinalizeCompression(Callback):
         target = ramp(self._done / self.rounds, begin_value=1.0, end_value=self.fraction, shape=self.schedule)
         target = session.fraction_of_now(target, self.metric)
         options = self.options({self.metric: target})
-        plan = make_plan(session.traced, session.structures, scores=self.scores(), **options)
+        with warnings.catch_warnings():
+            if not self.finished:
+                # nobody asked for the targets in between: how well they are met is no news
+                warnings.simplefilter("ignore", BudgetWarning)
+            plan = make_plan(session.traced, session.structures, scores=self.scores(), **options)
         # surgery computes in float64 and on copies of the inputs: no autocast, no inference mode around it
         with torch.autocast(pl_module.device.type, enabled=False):
             verify = (session.example.args, session.example.kwargs)
@@ -331,9 +358,7 @@ class FinalizeCompression(Callback):
             macs=(dense.macs.evaluate(dense.counts) / examples, dense.macs.evaluate(structures.counts) / examples),
             prunable_macs=(part.evaluate(dense.counts) / examples, part.evaluate(structures.counts) / examples),
             bytes=(self._before[1], file_size(session.traced)),
-            structures=tuple(
-                StructureCount(s.name, s.kind, s.units, structures.counts[s.name], s.tier) for s in dense
-            ),
+            structures=tuple(StructureCount(s.name, s.kind, s.units, structures.counts[s.name], s.tier) for s in dense),
             error=max(_error(r) for r in self.surgery_reports),
             latency=latency,
             pinned=len(dense.pinned),
@@ -349,13 +374,15 @@ def _one_target(macs: float | None, params: float | None, units: float | None) -
             given[metric] = value  # type: ignore[index]
     if len(given) != 1:
         raise ValueError(
-            f"Expected exactly one target among macs, params and units, but got {', '.join(f'{k}={v}' for k, v in given.items()) or 'none'}. "
+            f"Expected exactly one target among macs, params and units, but got "
+            f"{', '.join(f'{k}={v}' for k, v in given.items()) or 'none'}. "
             "For example: FinalizeCompression(macs=0.4)."
         )
     ((metric, fraction),) = given.items()
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         raise ValueError(
-            f"Expected {metric}, the fraction that is kept, to be in (0, 1], but got {fraction!r}. To keep 40 %: {metric}=0.4."
+            f"Expected {metric}, the fraction that is kept, to be in (0, 1], but got {fraction!r}. To keep 40 %: "
+            f"{metric}=0.4."
         )
     return metric, float(fraction)
 
@@ -366,13 +393,15 @@ def _check_finite(session: CompressionSession, outputs: Any, step: int) -> None:
     for value in pytree.tree_leaves(loss):
         if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
             raise ValueError(
-                f"Expected a finite loss when units are removed, but it is {float(value.float().mean())} after {step} optimizer "
+                f"Expected a finite loss when units are removed, but it is {float(value.float().mean())} after {step} "
+                f"optimizer "
                 "steps: training has diverged. Nothing was removed. Lower the learning rate or the strength."
             )
     for name, parameter in session.parameters().items():
         if not bool(torch.isfinite(parameter.detach()).all()):
             raise ValueError(
-                f"Expected finite weights when units are removed, but {name!r} holds NaN or infinity after {step} optimizer steps: "
+                f"Expected finite weights when units are removed, but {name!r} holds NaN or infinity after {step} "
+                f"optimizer steps: "
                 "training has diverged. Nothing was removed. Lower the learning rate or the strength."
             )
 

@@ -14,8 +14,8 @@ from lightning_compress.structures import Slice, Structure
 
 Groups = Literal["coupled", "rows", "columns", "blocks"]
 
-# What the matrices of TPrune are in terms of structures: a query and a key are the two producers of Q/K dims, an output projection
-# consumes V/O dims, and so on. Its strategies never tell a query from a key.
+# What the matrices of TPrune are in terms of structures: a query and a key are the two producers of Q/K dims, an output
+# projection consumes V/O dims, and so on. Its strategies never tell a query from a key.
 _MATRIX = {
     ("qk_dim", "producer"): "query",
     ("qk_dim", "consumer"): "query",
@@ -36,7 +36,8 @@ def regularizer_for(name: str, groups: str, strategy: str | None) -> tuple[Regul
         if groups in ("rows", "columns") or strategy is not None:
             what = f"groups={groups!r}" if strategy is None else f"strategy={strategy!r}"
             raise ValueError(
-                f"Expected {name!r} to act on blocks, but got {what}. Call StructuredSparsity({name!r}, block_grid=(2, 2)), or "
+                f"Expected {name!r} to act on blocks, but got {what}. Call StructuredSparsity({name!r}, "
+                f"block_grid=(2, 2)), or "
                 "choose regularizer='group_lasso'."
             )
         return entry, "blocks"
@@ -45,7 +46,10 @@ def regularizer_for(name: str, groups: str, strategy: str | None) -> tuple[Regul
         raise ValueError(f"Expected a regularizer of blocks, one of {others}, with groups='blocks', but got {name!r}.")
     if strategy is not None:
         if groups != "coupled":
-            raise ValueError(f"Expected strategy or groups, but got strategy={strategy!r} and groups={groups!r}: a strategy chooses them.")
+            raise ValueError(
+                f"Expected strategy or groups, but got strategy={strategy!r} and groups={groups!r}: a strategy "
+                f"chooses them."
+            )
         return entry, "rows"
     return entry, groups  # type: ignore[return-value]
 
@@ -106,8 +110,8 @@ def _strategy_axes(
     for (name, unit_axis), (structure, piece) in owners.items():
         stack = "decoder" if any(_inside(name, prefix) for prefix in decoder) else "encoder"
         matrix = _MATRIX[structure.kind, piece.role]
-        # the axis of the structure in the stored matrix is the axis of output units if the slice produces, of input units if it
-        # consumes, whichever way the matrix is stored
+        # the axis of the structure in the stored matrix is the axis of output units if the slice produces, of input
+        # units if it consumes, whichever way the matrix is stored
         own = _INPUT_UNITS if matrix in ("output", "ffn_out") else _OUTPUT_UNITS
         for units in (_OUTPUT_UNITS, _INPUT_UNITS):
             if (stack, matrix, units) in regularized:

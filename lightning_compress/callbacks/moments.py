@@ -13,7 +13,8 @@ class FitLength:
     """How long a fit is going to be.
 
     Args:
-        batches: training batches of the whole fit; inf where no number of epochs, or no length of the loader, limits it.
+        batches: training batches of the whole fit; inf where no number of epochs, or no length of the loader, limits
+            it.
         batches_per_epoch: training batches of one epoch; inf for a loader of unknown length.
         steps_per_epoch: optimizer steps of one epoch; 0 where they are not known.
         epochs: ``max_epochs``; inf if there is none.
@@ -30,7 +31,7 @@ class FitLength:
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> FitLength:
-        """The length of the fit that ``trainer`` is about to run; sets up the training loader if that has not happened."""
+        """The length of the fit that ``trainer`` is about to run; sets up the training loader if need be."""
         estimated = trainer.estimated_stepping_batches
         # with a loader of unknown length and no max_steps Lightning answers -1
         steps = float(estimated) if estimated > 0 else math.inf
@@ -79,11 +80,14 @@ class Moment:
     at_step: int | None = None
 
     def __post_init__(self) -> None:
-        given = {k: v for k, v in (("at", self.at), ("at_epoch", self.at_epoch), ("at_step", self.at_step)) if v is not None}
+        given = {
+            k: v for k, v in (("at", self.at), ("at_epoch", self.at_epoch), ("at_step", self.at_step)) if v is not None
+        }
         if len(given) != 1:
             raise ValueError(
                 "Expected exactly one of at (fraction of the fit), at_epoch and at_step, but got "
-                f"{', '.join(f'{k}={v}' for k, v in given.items()) or 'none'}. For example: at=0.6, at_epoch=6 or at_step=600."
+                f"{', '.join(f'{k}={v}' for k, v in given.items()) or 'none'}. For example: at=0.6, at_epoch=6 or "
+                f"at_step=600."
             )
         if self.at is not None and not 0 < self.at <= 1:
             hint = f" Did you mean at_epoch={self.at:g} or at_step={self.at:g}?" if self.at > 1 else ""
@@ -105,8 +109,10 @@ class Moment:
         """Raise ValueError if the moment never comes in a fit of this length, or cannot be told beforehand."""
         if self.at is not None and not (math.isfinite(length.batches) or math.isfinite(length.max_steps)):
             raise ValueError(
-                f"Expected the Trainer of {owner}({self}) to have max_steps, or max_epochs and a loader of known length: a "
-                "fraction of a fit of unknown length (max_time alone, or a loader without a length) is not known beforehand. "
+                f"Expected the Trainer of {owner}({self}) to have max_steps, or max_epochs and a loader of known "
+                f"length: a "
+                "fraction of a fit of unknown length (max_time alone, or a loader without a length) is not known "
+                "beforehand. "
                 f"Set Trainer(max_steps=...), or give the moment as {owner}(at_step=...)."
             )
         if self.at_epoch is not None and self.at_epoch > length.epochs:
@@ -117,7 +123,8 @@ class Moment:
         if self.at_epoch is not None and self.at_epoch * length.steps_per_epoch > length.max_steps:
             raise ValueError(
                 f"Expected {owner}({self}) to come within the fit, but max_steps={length.max_steps:g} ends it before "
-                f"{self.at_epoch} epochs of {length.steps_per_epoch:g} optimizer steps. Use a fraction of the fit: at=0.6."
+                f"{self.at_epoch} epochs of {length.steps_per_epoch:g} optimizer steps. Use a fraction of the fit: "
+                f"at=0.6."
             )
         if self.at_step is not None and self.at_step > length.steps:
             raise ValueError(
@@ -126,7 +133,7 @@ class Moment:
             )
 
     def position(self, trainer: pl.Trainer, length: FitLength) -> float:
-        """How far the fit is on its way to this moment when a training batch ends: 0 at its beginning, 1 at the moment."""
+        """How far the fit is on its way when a training batch ends: 0 at its beginning, 1 at this moment."""
         if self.at is not None:
             return length.progress(trainer) / self.at
         if self.at_step is not None:

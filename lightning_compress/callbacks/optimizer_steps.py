@@ -15,10 +15,10 @@ GroupKey = tuple[int, int]  # number of the optimizer, number of its parameter g
 class OptimizerSteps:
     """Counts the real steps of optimizers and sums up the learning rate of each parameter group over them.
 
-    A hook on the optimizer itself sees exactly the steps that happen: not the micro-batches of gradient accumulation, not a step
-    that a gradient scaler skips, each step of each optimizer under manual optimization; and it sees the learning rate of that very
-    step, before a scheduler changes it. A decoupled regularizer shrinks by the *difference* of two readings of ``sums``, so that steps
-    it did not act on at once are not lost.
+    A hook on the optimizer itself sees exactly the steps that happen: not the micro-batches of gradient accumulation,
+    not a step that a gradient scaler skips, each step of each optimizer under manual optimization; and it sees the
+    learning rate of that very step, before a scheduler changes it. A decoupled regularizer shrinks by the *difference*
+    of two readings of ``sums``, so that steps it did not act on at once are not lost.
 
     Attributes:
         count: steps of all optimizers.
@@ -44,7 +44,8 @@ class OptimizerSteps:
                 continue
             if not isinstance(optimizer, Optimizer):
                 raise TypeError(
-                    f"Expected optimizers to be torch.optim.Optimizer, whose steps can be observed, but got {type(optimizer).__name__}."
+                    f"Expected optimizers to be torch.optim.Optimizer, whose steps can be observed, but got "
+                    f"{type(optimizer).__name__}."
                 )
             number = len(self.optimizers)
             self.optimizers.append(optimizer)

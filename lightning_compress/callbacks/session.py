@@ -1,4 +1,4 @@
-"""What the callbacks of one fit share: the traced module, an example of its call, its structures and the plan so far."""
+"""What the callbacks of one fit share: the traced module, an example of its call, its structures, the plan so far."""
 
 from __future__ import annotations
 
@@ -30,22 +30,28 @@ DEFAULT_KINDS = ("head", "ffn")
 class Participant(Protocol):
     """A callback that takes part in a session."""
 
-    module: str | None
-    kinds: tuple[str, ...] | None
+    @property
+    def module(self) -> str | None:
+        """Dotted name of the module to compress, None to find it."""
+
+    @property
+    def kinds(self) -> tuple[str, ...] | None:
+        """Kinds of structures that it asks for."""
 
 
 class CompressionSession:
     """Shared by `StructuredSparsity`, `FinalizeCompression` and `Distillation` during one fit of one LightningModule.
 
-    It watches the first sanity-validation or training step to learn which module is called and with what, traces that call, and
-    keeps the structures up to date when units are removed. Everything here is a function of the module, its weights and the first
-    batch's shapes, so that all processes of a distributed fit decide alike.
+    It watches the first sanity-validation or training step to learn which module is called and with what, traces that
+    call, and keeps the structures up to date when units are removed. Everything here is a function of the module, its
+    weights and the first batch's shapes, so that all processes of a distributed fit decide alike.
 
     Attributes:
         traced: the module that is compressed; None until its first call has been seen.
         traced_name: its dotted name in the LightningModule, "" for the LightningModule itself.
         batch: the first call of the traced module, all of the batch.
-        example: the same narrowed to a few examples if the module accepts that; what structures are traced and verified with.
+        example: the same narrowed to a few examples if the module accepts that; what structures are traced and verified
+            with.
         structures: structures of the traced module as it is now; None until they are discovered.
         dense: the structures as they were before anything was removed.
         plan: everything removed so far, in the coordinates of the original model; None before the first removal.
@@ -90,7 +96,8 @@ class CompressionSession:
         if callback.module is not None:
             if session.module_name not in (None, callback.module):
                 raise ValueError(
-                    f"Expected the compression callbacks of a Trainer to name one module, but got {session.module_name!r} and "
+                    f"Expected the compression callbacks of a Trainer to name one module, but got "
+                    f"{session.module_name!r} and "
                     f"{callback.module!r}. Give all of them the same module=..., or give it to one of them only."
                 )
             session.module_name = callback.module
@@ -124,7 +131,7 @@ class CompressionSession:
             self._hooks.append(module.register_forward_pre_hook(self._recorder(pl_module, name), with_kwargs=True))
 
     def candidates(self, pl_module: pl.LightningModule) -> dict[str, nn.Module]:
-        """Modules that may turn out to be the traced one: the named or found one, else the LightningModule and its children."""
+        """Modules that may be the traced one: the one named or found, else the LightningModule and its children."""
         if self.traced is not None:
             return {self.traced_name: self.traced}
         modules: dict[str, nn.Module] = {}
@@ -158,8 +165,10 @@ class CompressionSession:
             others = [n for n in called if n != name]
             if name and others:
                 rank_zero_warn(
-                    f"The compression callbacks trace the sub-module {name!r}, the largest that {type(pl_module).__name__} calls "
-                    f"in a step; {others} are left whole. To compress another one, name it: module={others[0]!r}; to compress "
+                    f"The compression callbacks trace the sub-module {name!r}, the largest that "
+                    f"{type(pl_module).__name__} calls "
+                    f"in a step; {others} are left whole. To compress another one, name it: module={others[0]!r}; to "
+                    f"compress "
                     f"them together, call them through {type(pl_module).__name__}.forward."
                 )
             self.traced_name, self.traced = name, called[name]
@@ -203,8 +212,10 @@ class CompressionSession:
         if not self.ensure_structures(trainer, pl_module):
             names = [n for n, m in pl_module.named_children() if any(True for _ in m.parameters())]
             raise ValueError(
-                f"Expected a step of {type(pl_module).__name__} to call {self.traced_name or 'itself or one of its sub-modules'} "
-                f"(module(inputs), not module.forward(inputs)), but no call was seen. Name the module that is called, for "
+                f"Expected a step of {type(pl_module).__name__} to call "
+                f"{self.traced_name or 'itself or one of its sub-modules'} "
+                f"(module(inputs), not module.forward(inputs)), but no call was seen. Name the module that is called, "
+                f"for "
                 f"example module={names[0] if names else 'model'!r}; its sub-modules are {names}."
             )
         assert self.structures is not None
@@ -214,7 +225,10 @@ class CompressionSession:
         where = self.traced_name or type(pl_module).__name__
         message = f"Expected structures of kinds {self.kinds} in {where!r}, but found none that can be removed."
         if structures.pinned:
-            reasons = [f"  {p.name} ({p.units} units): {' '.join(p.reasons) or 'no reason recorded'}" for p in structures.pinned[:8]]
+            reasons = [
+                f"  {p.name} ({p.units} units): {' '.join(p.reasons) or 'no reason recorded'}"
+                for p in structures.pinned[:8]
+            ]
             more = len(structures.pinned) - len(reasons)
             message += "\nPinned:\n" + "\n".join(reasons) + (f"\n  and {more} more" if more > 0 else "")
         return f"{message}\nChoose other kinds, or name another part of the module: module=..."
@@ -232,7 +246,7 @@ class CompressionSession:
         self.version += 1
 
     def progress(self) -> dict[str, float]:
-        """Part of the units that is zero or removed, and what is left of the prunable multiply-accumulates without them."""
+        """Part of the units that is zero or removed, and what is left of the prunable MACs without them."""
         assert self.dense is not None and self.structures is not None
         alive = dict(self.structures.counts)
         for sparsity in self.sparsities:
@@ -267,7 +281,8 @@ def _named_module(pl_module: pl.LightningModule, name: str) -> nn.Module:
         close = get_close_matches(name, list(modules), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"Expected module to be the dotted name of a sub-module of {type(pl_module).__name__}, but got {name!r}; it has "
+            f"Expected module to be the dotted name of a sub-module of {type(pl_module).__name__}, but got {name!r}; "
+            f"it has "
             f"{[n for n, _ in pl_module.named_children()]}.{hint}"
         )
     return modules[name]

@@ -40,7 +40,7 @@ class Shrinkage(Protocol):
         """From now on leave these units alone: structure name -> bool of shape (units,)."""
 
     def strength(self, steps_left: float) -> float:
-        """The strength that brings the groups that are not protected to zero in so many steps at the current learning rates."""
+        """The strength that brings what is not protected to zero in so many steps at the current learning rates."""
 
     def apply(self, strength: float, pending: Mapping[GroupKey, float]) -> None:
         """Shrink the weights in place."""
@@ -55,12 +55,12 @@ class CoupledShrinkage:
     .. math:: w_u \leftarrow f_u w_u, \qquad f_u = \max\bigl(0, 1 - \eta \lambda v_u / \lVert w_u \rVert\bigr), \qquad
         v_u = \sqrt{|u| \cdot \rho_u / \bar\rho}
 
-    for the group lasso, with :math:`|u|` the scalars of the unit, :math:`\rho_u` the cost that removing the unit saves per scalar
-    and :math:`\bar\rho` its mean over units. The cheapest units to lose by norm and cost, :math:`\lVert w_u \rVert^2 / \text{cost}_u`,
-    which is how the budget ranks, are thus the first to reach zero.
+    for the group lasso, with :math:`|u|` the scalars of the unit, :math:`\rho_u` the cost that removing the unit saves
+    per scalar and :math:`\bar\rho` its mean over units. The cheapest units to lose by norm and cost, :math:`\lVert w_u
+    \rVert^2 / \text{cost}_u`, which is how the budget ranks, are thus the first to reach zero.
 
-    :math:`\eta` is one number per unit: where its slices belong to parameter groups with different learning rates, their mean
-    weighted by size. A unit that has reached zero stays there: momentum cannot revive it.
+    :math:`\eta` is one number per unit: where its slices belong to parameter groups with different learning rates,
+    their mean weighted by size. A unit that has reached zero stays there: momentum cannot revive it.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class CoupledShrinkage:
         return [sum(share * rates.get(key, 0.0) for key, share in shares.items()) for shares in self._shares]
 
     def protect(self, protected: Mapping[str, Tensor]) -> None:
+        """From now on leave these units alone."""
         mask = torch.zeros(self.groups.total, dtype=torch.bool)
         for name, units in protected.items():
             if name in self.groups.spans:
@@ -112,7 +113,10 @@ class CoupledShrinkage:
         self._touched = [n for n, s in enumerate(self.structures) if not bool(mask[self.groups.spans[s.name]].all())]
 
     def strength(self, steps_left: float) -> float:
-        relative = (self.groups.norms() / self.weights.clamp(min=1e-30)).masked_fill(self.protected | (self.weights == 0), 0.0)
+        """The strength that is needed for so many steps."""
+        relative = (self.groups.norms() / self.weights.clamp(min=1e-30)).masked_fill(
+            self.protected | (self.weights == 0), 0.0
+        )
         reach = 0.0
         for s, rate in zip(self.structures, self._per_structure(self.rates.current()), strict=True):
             highest = float(relative[self.groups.spans[s.name]].max())
@@ -122,6 +126,7 @@ class CoupledShrinkage:
         return reach
 
     def apply(self, strength: float, pending: Mapping[GroupKey, float]) -> None:
+        """Shrink the weights in place."""
         rates = self._per_structure(pending)
         if not any(rates):
             return
@@ -140,7 +145,9 @@ class CoupledShrinkage:
             scale = rates[0] if len(set(rates)) == 1 else None
             if scale is not None:
                 return self.regularizer.factors(norms, scale * strength, self.weights)
-            per_unit = torch.cat([torch.full((s.units,), r, dtype=norms.dtype) for s, r in zip(self.structures, rates, strict=True)])
+            per_unit = torch.cat(
+                [torch.full((s.units,), r, dtype=norms.dtype) for s, r in zip(self.structures, rates, strict=True)]
+            )
             return self.regularizer.factors(norms, strength, self.weights * per_unit.to(norms.device))
         parts = []
         for span, rate in zip(spans, rates, strict=True):
@@ -150,12 +157,15 @@ class CoupledShrinkage:
         return torch.cat(parts)
 
     def add_gradient(self, strength: float, gradients: Mapping[str, Tensor]) -> None:
+        """Add the gradient of strength * penalty."""
         norms = self.groups.norms()
         with torch.enable_grad():
             leaf = norms.detach().requires_grad_()
             spans = [self.groups.spans[s.name] for s in self.structures]
             penalty = sum(
-                self.regularizer.penalty(leaf[span].masked_fill(self.protected[span], 0.0), self.weights[span].clamp(min=1e-30))
+                self.regularizer.penalty(
+                    leaf[span].masked_fill(self.protected[span], 0.0), self.weights[span].clamp(min=1e-30)
+                )
                 for span in spans
             )
             assert isinstance(penalty, Tensor)
@@ -186,10 +196,12 @@ class MatrixGroups:
 
 
 class MatrixShrinkage:
-    """Shrinks rows, columns, or rows and columns of blocks, of chosen matrices: the groups of the literature, uncoupled.
+    """Shrinks rows, columns, or rows and columns of blocks, of chosen matrices.
 
-    A line that belongs to a protected unit is left alone. Rows and columns of blocks overlap, so that no line can be exempt: with
-    blocks everything shrinks.
+    These are the groups of the literature, uncoupled.
+
+    A line that belongs to a protected unit is left alone. Rows and columns of blocks overlap, so that no line can be
+    exempt: with blocks everything shrinks.
     """
 
     def __init__(
@@ -209,6 +221,7 @@ class MatrixShrinkage:
         self.protected: Mapping[str, Tensor] = {}
 
     def protect(self, protected: Mapping[str, Tensor]) -> None:
+        """From now on leave these units alone."""
         self.protected = protected
 
     def _exempt(self, group: MatrixGroups) -> Tensor | None:
@@ -221,6 +234,7 @@ class MatrixShrinkage:
 
     @torch.no_grad()
     def strength(self, steps_left: float) -> float:
+        """The strength that is needed for so many steps."""
         rates, reach = self.rates.current(), 0.0
         for group in self.groups:
             rate = rates[self.rates.keys[group.parameter]] * max(steps_left, 1.0)
@@ -247,6 +261,7 @@ class MatrixShrinkage:
 
     @torch.no_grad()
     def apply(self, strength: float, pending: Mapping[GroupKey, float]) -> None:
+        """Shrink the weights in place."""
         for group in self.groups:
             weight = self.parameters[group.parameter]
             step = strength * pending.get(self.rates.keys[group.parameter], 0.0)
@@ -264,6 +279,7 @@ class MatrixShrinkage:
             weight.mul_(factors.to(weight.dtype).view(shape))
 
     def add_gradient(self, strength: float, gradients: Mapping[str, Tensor]) -> None:
+        """Add the gradient of strength * penalty."""
         for group in self.groups:
             target = gradients.get(group.parameter)
             if target is None:

@@ -37,32 +37,36 @@ class StructuredSparsity(Callback):
 
     .. math:: w_u \leftarrow w_u \max\bigl(0,\ 1 - \eta_t \lambda v_u / \lVert w_u \rVert\bigr)
 
-    with the learning rate :math:`\eta_t` of that step, the strength :math:`\lambda`, and weights :math:`v_u` that grow with the
-    square root of a unit's size and of the cost that its removal saves. Units reach exact zero, whatever the optimizer.
+    with the learning rate :math:`\eta_t` of that step, the strength :math:`\lambda`, and weights :math:`v_u` that grow
+    with the square root of a unit's size and of the cost that its removal saves. Units reach exact zero, whatever the
+    optimizer.
 
-    With ``strength="auto"`` the budget of the `FinalizeCompression` beside it decides: every few steps the units are ranked, the
-    ramped budget says which of them stay, and the strength becomes the one that brings all others to zero when removal comes.
+    With ``strength="auto"`` the budget of the `FinalizeCompression` beside it decides: every few steps the units are
+    ranked, the ramped budget says which of them stay, and the strength becomes the one that brings all others to zero
+    when removal comes.
 
     Args:
         regularizer: "group_lasso" (SSL), "hoyer_square" (SHS) or "block_group_lasso" (BSSL).
         kinds: kinds of structures, see ``KINDS``.
-        mode: "proximal", the decoupled step above; or "loss", the literal penalty: its gradient, times the strength, is added to
-            the gradients before each optimizer step (after unscaling, before clipping), which is exactly the penalty inside the
-            loss. With an adaptive optimizer that form never reaches exact zero and its strength has no portable meaning.
+        mode: "proximal", the decoupled step above; or "loss", the literal penalty: its gradient, times the strength, is
+            added to the gradients before each optimizer step (after unscaling, before clipping), which is exactly the
+            penalty inside the loss. With an adaptive optimizer that form never reaches exact zero and its strength has
+            no portable meaning.
         strength: "auto", or a number, which is then kept.
         importance: how units are ranked: "norm", "taylor" (first-order, averaged over training steps) or a function of
             (model, structure); see ``importance.unit_scores``.
-        trimmed: whether units that the budget keeps are exempt. Default: only with ``strength="auto"``; a number means the
-            plain form of the literature. Without a budget nothing is exempt.
-        groups: "coupled" (the slices of a unit together), or "rows", "columns" or "blocks" of single matrices: rows and columns
-            in the sense of a ``torch.nn.Linear`` weight, (out_features, in_features).
+        trimmed: whether units that the budget keeps are exempt. Default: only with ``strength="auto"``; a number means
+            the plain form of the literature. Without a budget nothing is exempt.
+        groups: "coupled" (the slices of a unit together), or "rows", "columns" or "blocks" of single matrices: rows and
+            columns in the sense of a ``torch.nn.Linear`` weight, (out_features, in_features).
         block_shape: for blocks, the (out, in) size of a block; or
         block_grid: the (out, in) number of blocks. Neither: one block is a whole matrix.
         modules: for rows, columns and blocks, shell patterns of the modules whose weights are regularized, such as
             ``("encoder.*.attention.*",)``. Default: the matrices in which the structures of ``kinds`` live.
         strategy: "fine", "coarse" or "naive": TPrune's choice of lines, in place of ``groups`` and ``kinds``.
         decoder: for the strategy, dotted names of the modules that are its decoder.
-        start: fraction of the fit after which sparsifying begins. What was learned until then is what `Distillation` teaches.
+        start: fraction of the fit after which sparsifying begins. What was learned until then is what `Distillation`
+            teaches.
         schedule: shape of the budget's ramp from ``start`` to the removal.
         every_n_steps: apply the proximal map once in so many optimizer steps, with the sum of their learning rates.
         module: dotted name of the sub-module to compress. Default: found from the first step.
@@ -71,11 +75,11 @@ class StructuredSparsity(Callback):
     multiply-accumulates) and ``strength``, also to the progress bar.
 
     Raises:
-        ValueError: for unknown names and contradicting arguments; at the start of the fit if ``strength="auto"`` has no budget
-            or no time; when structures have been discovered, if there are none (with what was pinned, and why).
+        ValueError: for unknown names and contradicting arguments; at the start of the fit if ``strength="auto"`` has no
+            budget or no time; when structures have been discovered, if there are none (with what was pinned, and why).
 
-    References: Wen et al. 2016, "Learning Structured Sparsity in Deep Neural Networks"; Yang, Wen & Li 2020, "DeepHoyer"; Mao et
-    al. 2021, "TPrune"; Yun et al. 2019, "Trimming the l1 Regularizer".
+    References: Wen et al. 2016, "Learning Structured Sparsity in Deep Neural Networks"; Yang, Wen & Li 2020,
+    "DeepHoyer"; Mao et al. 2021, "TPrune"; Yun et al. 2019, "Trimming the l1 Regularizer".
     """
 
     def __init__(
@@ -111,7 +115,8 @@ class StructuredSparsity(Callback):
             raise ValueError(f"Expected strength to be 'auto' or a number of at least 0, but got {strength!r}.")
         if automatic and mode == "loss":
             raise ValueError(
-                "Expected a number for the strength of mode='loss', but got 'auto': a penalty in the loss reaches no exact zero, "
+                "Expected a number for the strength of mode='loss', but got 'auto': a penalty in the loss reaches no "
+                "exact zero, "
                 f"so no strength meets a budget. Call StructuredSparsity({regularizer!r}, mode='loss', strength=1e-4)."
             )
         if not isinstance(importance, str):
@@ -170,7 +175,11 @@ class StructuredSparsity(Callback):
     def state_key(self) -> str:
         """Tells instances apart by what they regularize."""
         return self._generate_state_key(
-            regularizer=self.regularizer.name, kinds=self.kinds, groups=self.groups, modules=self.modules, module=self.module
+            regularizer=self.regularizer.name,
+            kinds=self.kinds,
+            groups=self.groups,
+            modules=self.modules,
+            module=self.module,
         )
 
     # Hooks, in the order in which the Trainer calls them
@@ -191,7 +200,8 @@ class StructuredSparsity(Callback):
         finalizer = session.finalizer
         if finalizer is None and self.automatic:
             raise ValueError(
-                "Expected a FinalizeCompression beside StructuredSparsity(strength='auto'), whose budget sets the strength, but "
+                "Expected a FinalizeCompression beside StructuredSparsity(strength='auto'), whose budget sets the "
+                "strength, but "
                 "the Trainer has none. Add FinalizeCompression(macs=0.4, at=0.6), or give a number: strength=1e-4."
             )
         self._moment = Moment(at=1.0) if finalizer is None else finalizer.moment
@@ -203,15 +213,19 @@ class StructuredSparsity(Callback):
                 f"Expected start=0.0 in a fit of unknown length, but got start={self.start:g}, a fraction of it. "
                 "Set Trainer(max_steps=...), or start=0.0."
             )
-        if self._start >= 1 and not trainer.fast_dev_run:
+        if self._start >= 1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise ValueError(
-                f"Expected sparsifying to start before the removal, but got start={self.start:g} and FinalizeCompression"
+                f"Expected sparsifying to start before the removal, but got start={self.start:g} and "
+                f"FinalizeCompression"
                 f"({self._moment}), {self._start:.2f} times as far. Lower start, or remove later."
             )
-        low_precision = sorted({str(p.dtype) for p in pl_module.parameters() if p.dtype in (torch.float16, torch.bfloat16)})
+        low_precision = sorted(
+            {str(p.dtype) for p in pl_module.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
+        )
         if low_precision and self.mode == "proximal":
             rank_zero_warn(
-                f"StructuredSparsity shrinks weights by less than {', '.join(low_precision)} can represent in one step, so that units may "
+                f"StructuredSparsity shrinks weights by less than {', '.join(low_precision)} can represent in one "
+                f"step, so that units may "
                 "not shrink at all. Train with full-precision weights: Trainer(precision='bf16-mixed')."
             )
 
@@ -228,11 +242,15 @@ class StructuredSparsity(Callback):
         self._steps_at_origin = session.steps.count
         self._skip_pending()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Watch optimizers that were replaced meanwhile, too."""
         self._joined().steps.attach(trainer.optimizers)
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
         """Read gradients for the importance; in mode "loss" add the gradient of the penalty."""
         session = self._joined()
         if not session.ensure_structures(trainer, pl_module) or not self._is_active(trainer):
@@ -332,7 +350,8 @@ class StructuredSparsity(Callback):
             )
         if not self._shrinkage.rates.keys:
             raise ValueError(
-                f"Expected the parameters of {[s.name for s in own]} to be trained, but no optimizer of the Trainer holds one that "
+                f"Expected the parameters of {[s.name for s in own]} to be trained, but no optimizer of the Trainer "
+                f"holds one that "
                 "requires a gradient. Unfreeze them, or choose other kinds or another module."
             )
         if self.importance == "taylor":
@@ -381,16 +400,20 @@ class StructuredSparsity(Callback):
                 protected = select(session.structures, self.scores(), **finalizer.options({finalizer.metric: target}))
                 self._shrinkage.protect(protected)
             if self.automatic:
-                self.strength = self._shrinkage.strength(self._steps_left(position, finalizer.next_position(self._start)))
+                self.strength = self._shrinkage.strength(
+                    self._steps_left(position, finalizer.next_position(self._start))
+                )
                 if not self.trimmed:
-                    self._shrinkage.protect({s.name: torch.zeros(s.units, dtype=torch.bool) for s in session.structures})
+                    self._shrinkage.protect(
+                        {s.name: torch.zeros(s.units, dtype=torch.bool) for s in session.structures}
+                    )
         self._bury(trainer)
         self._log(pl_module)
 
     def _steps_left(self, position: float, until: float) -> float:
         """Optimizer steps until a position, at the pace of this fit so far."""
         session = self._joined()
-        steps = session.steps.count - self._steps_at_origin
+        steps: float = session.steps.count - self._steps_at_origin
         # several optimizers step in turn: the pace of one of them is what counts
         steps /= max(1, len(session.steps.optimizers))
         way = position - self._origin

@@ -39,8 +39,8 @@ class CompressionReport:
         prunable_macs: the part of ``macs`` that lies in the structures.
         bytes: size of the module as a safetensors file.
         structures: what is left of each structure.
-        error: largest difference between the zeroed and the smaller model on the example, relative to the largest output:
-            max |difference| / max(1, max |reference|), in float64; over all removals.
+        error: largest difference between the zeroed and the smaller model on the example, relative to the largest
+            output: max |difference| / max(1, max |reference|), in float64; over all removals.
         latency: description of a call -> latency before and after; empty if it was not measured.
         pinned: families of units that stay whole.
         module: name of the compressed module.
@@ -106,7 +106,9 @@ class CompressionReport:
             ratio = _ratio(before.seconds, after.seconds)
             rows.append((f"latency, {call}", _milliseconds(before), _milliseconds(after), ratio))
         what = f" of {self.module!r}" if self.module else ""
-        lines = [f"Compression{what} after {self.step} optimizer steps: {self.macs_kept:.1%} of the prunable MACs are left"]
+        lines = [
+            f"Compression{what} after {self.step} optimizer steps: {self.macs_kept:.1%} of the prunable MACs are left"
+        ]
         lines += ["  " + line for line in _aligned(rows)]
         lines.append(f"  largest difference between the zeroed and the smaller model, float64: {self.error:.1e}")
         if self.structures:

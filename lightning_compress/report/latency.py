@@ -39,8 +39,9 @@ def measure_latency(
 ) -> dict[str, Latency]:
     """Median time of a forward pass of each model, in evaluation mode, without gradients.
 
-    The runs are interleaved, in turn forwards and backwards (a b b a ...), so that whatever else the machine does, and a clock that
-    changes under load, fall on all models alike. CUDA work is waited for. Modes and random state are left as they were.
+    The runs are interleaved, in turn forwards and backwards (a b b a ...), so that whatever else the machine does, and
+    a clock that changes under load, fall on all models alike. CUDA work is waited for. Modes and random state are left
+    as they were.
 
     Args:
         models: models by name, all called with the same arguments.

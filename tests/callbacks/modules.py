@@ -104,7 +104,9 @@ def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     return pl.Trainer(callbacks=list(callbacks), **{**quiet, **options})
 
 
-def fit(module: pl.LightningModule, *callbacks: pl.Callback, data: DataLoader | None = None, **options: Any) -> pl.Trainer:
+def fit(
+    module: pl.LightningModule, *callbacks: pl.Callback, data: DataLoader | None = None, **options: Any
+) -> pl.Trainer:
     """Fit the module; 8 batches of 8 examples an epoch, 5 epochs, without validation."""
     t = trainer(*callbacks, **options)
     t.fit(module, loader() if data is None else data)

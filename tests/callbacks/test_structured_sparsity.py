@@ -43,7 +43,7 @@ def units_of(model: MLP) -> list[list[tuple[Tensor, Any]]]:
 
 
 def weights_of(model: MLP) -> list[float]:
-    """sqrt(size * cost per scalar / its mean): in (5 -> 12 -> 10 -> 3) a unit saves inputs + outputs and has one bias more."""
+    """sqrt(size * cost per scalar / its mean): a unit of (5 -> 12 -> 10 -> 3) saves inputs + outputs, has a bias."""
     sizes = [5 + 1 + 10] * 12 + [12 + 1 + 3] * 10
     density = [15 / 16] * 12 + [15 / 16] * 10
     mean = sum(density) / len(density)
@@ -137,7 +137,10 @@ def test_steps_in_between_are_made_up_for() -> None:
     fit(module, sparsity(every_n_steps=4), data=data64(), max_epochs=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     reference_fit(
-        model, optimizer, data64(), after_step=lambda step, lr: shrink(model, 4 * lr * STRENGTH) if step % 4 == 0 else None
+        model,
+        optimizer,
+        data64(),
+        after_step=lambda step, lr: shrink(model, 4 * lr * STRENGTH) if step % 4 == 0 else None,
     )
     assert_same(module.model, model)
 
@@ -161,7 +164,7 @@ def test_bf16_mixed_keeps_full_precision_weights() -> None:
 
 
 class Manual(Classifier):
-    """Two optimizers with different learning rates: one for the first layer, one for the rest, two steps a batch of the first."""
+    """Two optimizers with different learning rates: the first layer's steps twice a batch, that of the rest once."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -277,7 +280,9 @@ class Probe(pl.Callback):
             self.norms.append(unit_norms(session.traced, session.structures))
 
 
-@pytest.mark.parametrize("importance", ["norm", "taylor", lambda model, s: torch.arange(s.units) + 1.0], ids=["norm", "taylor", "own"])
+@pytest.mark.parametrize(
+    "importance", ["norm", "taylor", lambda model, s: torch.arange(s.units) + 1.0], ids=["norm", "taylor", "own"]
+)
 @pytest.mark.parametrize("name", ["group_lasso", "hoyer_square"])
 def test_the_strength_meets_the_budget_in_time(name: str, importance: Any) -> None:
     module = Classifier(Transformer())
@@ -308,7 +313,8 @@ def test_units_that_stay_are_not_shrunk_unless_the_plain_form_is_asked_for() -> 
         fit(module, callback, probe, finalize, data=loader(sequences=True), max_epochs=5)
         assert finalize.plan is not None
         ratios = [
-            float((probe.norms[-1][n][list(kept)] / probe.norms[0][n][list(kept)]).mean()) for n, kept in finalize.plan.kept.items()
+            float((probe.norms[-1][n][list(kept)] / probe.norms[0][n][list(kept)]).mean())
+            for n, kept in finalize.plan.kept.items()
         ]
         return min(ratios)
 
@@ -398,7 +404,10 @@ def test_strategies_choose_lines_by_what_they_do(strategy: str) -> None:
         ({"groups": "row"}, "Expected groups to be one of"),
         ({"block_grid": (2, 2)}, r"Call StructuredSparsity\('block_group_lasso', block_grid=\(2, 2\)\)"),
         ({"modules": ("a",)}, "Expected modules with groups='rows', 'columns' or 'blocks' only"),
-        ({"regularizer": "block_group_lasso", "groups": "rows"}, "Expected 'block_group_lasso' to act on blocks, but got groups='rows'"),
+        (
+            {"regularizer": "block_group_lasso", "groups": "rows"},
+            "Expected 'block_group_lasso' to act on blocks, but got groups='rows'",
+        ),
         ({"groups": "blocks"}, r"Expected a regularizer of blocks, one of \['block_group_lasso'\]"),
         ({"strategy": "finest"}, "fine"),
         ({"strategy": "fine", "groups": "rows"}, "Expected strategy or groups"),
@@ -420,10 +429,18 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
             {},
             r"Expected sparsifying to start before the removal, but got start=0.7 and FinalizeCompression\(at=0.6\)",
         ),
-        ([StructuredSparsity(kinds=("head",), start=0.0, strength=1.0)], {}, r"Expected structures of kinds \('head',\) in 'model', but found none"),
+        (
+            [StructuredSparsity(kinds=("head",), start=0.0, strength=1.0)],
+            {},
+            r"Expected structures of kinds \('head',\) in 'model', but found none",
+        ),
         ([sparsity(groups="rows", modules="layers.9")], {}, "'layers.9' matches none of"),
         ([sparsity(module="modle")], {}, "but got 'modle'.* Did you mean 'model'"),
-        ([sparsity(module="model"), sparsity(kinds=("head",), module="model.layers")], {}, "to name one module, but got 'model' and 'model.layers'"),
+        (
+            [sparsity(module="model"), sparsity(kinds=("head",), module="model.layers")],
+            {},
+            "to name one module, but got 'model' and 'model.layers'",
+        ),
     ],
     ids=["no budget", "too late", "nothing", "no match", "no module", "two modules"],
 )
