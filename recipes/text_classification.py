@@ -12,9 +12,9 @@ Offline, a local model folder, and a folder with `train.tsv`, `dev.tsv` and `tes
         --model.pretrained=path/to/model --data.dataset=path/to/sst2 \
         --config callbacks/group_lasso.yaml --config callbacks/finalize.yaml --config callbacks/distillation.yaml
 
-Without the last line the model is trained densely. Expected, for all-MiniLM-L6-v2 and SST-2 (6,920 training sentences):
-EXPECTED
-Needs the extras `hf` and `recipes`.
+Without the last line the model is trained densely. Expected for all-MiniLM-L6-v2 and 6,920 training sentences of SST-2:
+87.6 % of the dev and 89.1 % of the test sentences after 3 epochs (means of the seeds 0 and 1).
+Compressed: benchmarks/results/sst2/table.md. Needs the extras `hf` and `recipes`.
 """
 
 from __future__ import annotations
