@@ -162,10 +162,6 @@ class Distillation(Callback):
             if self._due and self._joined().traced is not None:
                 self._take_teacher()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give ``training_step`` back."""
-        self._leave()
-
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave nothing behind in the module when the fit breaks off."""
         self._leave()
@@ -186,6 +182,8 @@ class Distillation(Callback):
             vars(self._wrapped).pop("training_step", None)
             self._wrapped = None
         self._teacher = None
+        if self._session is not None:
+            self._session.close()
 
     def _take_teacher(self) -> None:
         """Copy the traced module as it is now, unless there is a teacher already."""
@@ -213,11 +211,10 @@ class Distillation(Callback):
                 return original(*args, **kwargs)
             with self._recording(pl_module) as recording:
                 result = original(*args, **kwargs)
-            session = self._joined()
-            if self._teacher is None:
-                # the very first step: only now is it known which module is called; its weights have not moved yet
-                session.resolve(pl_module)
-                self._take_teacher()
+            # after the very first step, and not before, it is known which module is called; its weights have not moved
+            # yet
+            self._joined().resolve(pl_module)
+            self._take_teacher()
             if result is None or self._teacher is None:
                 return result
             return self._mixed(pl_module, result, recording)
@@ -254,7 +251,13 @@ class Distillation(Callback):
         calls = recording.calls.get(session.traced_name, [])
         if not calls:
             return result  # this step did not call the module
-        assert self._teacher is not None
+        assert self._teacher is not None and session.traced is not None
+        if self.hidden and not block_names(session.traced):
+            raise ValueError(
+                f"Expected repeated blocks, members of a torch.nn.ModuleList, in {type(session.traced).__name__} for "
+                f"hidden above 0, "
+                "but there are none. Set hidden=0.0."
+            )
         hidden: dict[str, list[Tensor]] = {}
         # a step in which the module was not known yet has no hidden states of the student
         handles = _record_blocks(self._teacher, hidden) if self.hidden and recording.blocks else []
