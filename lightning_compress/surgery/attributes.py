@@ -131,7 +131,7 @@ def candidates(
         owner = modules.get(path)
         if owner is None or is_torch_layer(owner):
             continue
-        for attribute, value in _integers(owner, holders=holders, private=bool(path)):
+        for attribute, value in _integers(owner, holders=holders):
             for (before, _), (number, _) in sizes.items():
                 if value == before:
                     kind = f"{type(owner).__module__}.{type(owner).__qualname__}"
@@ -171,20 +171,20 @@ def selections(found: Sequence[Candidate], limit: int) -> Iterator[tuple[Candida
     return islice(fresh(), limit)
 
 
-def _integers(module: nn.Module, *, holders: bool, private: bool) -> Iterator[tuple[str, int]]:
+def _integers(module: nn.Module, *, holders: bool) -> Iterator[tuple[str, int]]:
     """Integer attributes of ``module``, or of the plain objects that it holds, with their paths."""
     if not holders:
-        yield from _integers_of(module.__dict__, "", private=private)
+        yield from _integers_of(module.__dict__, "")
         return
     for name, value in module.__dict__.items():
         plain = not isinstance(value, nn.Module | Tensor | type) and not callable(value) and name not in _INTERNAL
         if plain and hasattr(value, "__dict__") and not name.startswith("_"):
-            yield from _integers_of(vars(value), f"{name}.", private=False)
+            yield from _integers_of(vars(value), f"{name}.")
 
 
-def _integers_of(attributes: Mapping[str, Any], prefix: str, *, private: bool) -> Iterator[tuple[str, int]]:
+def _integers_of(attributes: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, int]]:
     for name, value in list(attributes.items()):
-        if name in _INTERNAL or name.startswith("__") or (name.startswith("_") and not private):
+        if name in _INTERNAL or name.startswith("__"):
             continue
         if type(value) is int:
             yield prefix + name, value

@@ -220,13 +220,12 @@ def shim_dim(module: nn.Module) -> int:
 
 
 def _facing(module: nn.Module, edit: ShimEdit, structure: Structure) -> Slice:
-    prefix = f"{edit.module}." if edit.module else ""
     for piece in structure.slices:
         path, _, _ = piece.parameter.rpartition(".")
         if path == edit.module and edit.side in faced_side(module, piece):
             return piece
     raise SurgeryError(
-        f"Expected a parameter of {prefix or 'the model'!r} to face its {edit.side} shim in structure "
+        f"Expected a parameter of {edit.module!r} to face its {edit.side} shim in structure "
         f"{structure.name!r}, but none does."
     )
 

@@ -68,7 +68,8 @@ class Rehearsal:
     """Context in which a model can be called again and again for comparison, and is left as it was.
 
     Evaluation mode, no gradients, no autocast, unfused kernels, double precision, the same random numbers in every
-    call; buffers that a call writes are restored after it, random number generators and training flags at the end.
+    call. Buffers and attributes that a call writes are restored after it, random number generators and training flags
+    at the end.
 
     Args:
         model: the model; its weights should be in double precision (``DoubleWeights``).
@@ -102,6 +103,7 @@ class Rehearsal:
         for device in self._devices:
             torch.cuda.default_generators[device].manual_seed(0)
         buffers = [(buffer, buffer.clone()) for buffer in call.buffers()]
+        attributes = [(module.__dict__, dict(module.__dict__)) for module in call.modules()]
         inputs = to_double((tuple(args), dict(kwargs)))
         try:
             with DoublePrecision():
@@ -110,6 +112,9 @@ class Rehearsal:
             for buffer, before in buffers:
                 if buffer.shape == before.shape:
                     buffer.copy_(before)
+            for live, saved in attributes:
+                live.clear()
+                live.update(saved)
 
     def reference(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outputs:
         """The outputs of the whole model, checked to be worth a comparison.

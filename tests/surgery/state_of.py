@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def state_of(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> dict[str, Any]:
-    """Classes, attributes, hooks, tensors (identity, memory and values), gradients, random state and optimizer state."""
+    """Classes, attributes, hooks, tensors (identity, memory, values), gradients, random state and optimizer state."""
     found: dict[str, Any] = {"random": torch.get_rng_state().tolist()}
     for path, module in model.named_modules():
         found[f"{path} class"] = type(module)
@@ -25,8 +25,16 @@ def state_of(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ())
 
 def _value(value: Any) -> Any:
     if isinstance(value, Tensor):
-        gradient = None if not value.is_leaf or value.grad is None else (id(value.grad), value.grad.tolist())
-        return id(value), value.data_ptr(), value.dtype, value.stride(), value.requires_grad, value.tolist(), gradient
+        gradient = None if not value.is_leaf or value.grad is None else (id(value.grad), str(value.grad.tolist()))
+        return (
+            id(value),
+            value.data_ptr(),
+            value.dtype,
+            value.stride(),
+            value.requires_grad,
+            str(value.tolist()),
+            gradient,
+        )
     if isinstance(value, dict):
         return id(value), [(key, _value(item)) for key, item in value.items()]
     if isinstance(value, list | tuple | set):

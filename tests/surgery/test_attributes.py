@@ -73,6 +73,7 @@ def test_candidates_are_integers_near_the_weights_that_equal_a_size() -> None:
         ("block", "_hidden", "Polynomial(2*heads)"),
         ("block.core", "heads", "Polynomial(1*heads)"),  # no weights of its own, but beside them
         ("", "units", "Polynomial(2*heads)"),
+        ("", "_private", "Polynomial(2*heads)"),
     }
     assert found[-1].modules == ("",)  # outside the structure: last
 
@@ -151,7 +152,7 @@ def test_evaluate() -> None:
     assert evaluate(size, {"a": 3, "b": 2}, "a") == 12
     with pytest.raises(SurgeryError, match=r"Expected the kept counts of \['b'\] beside those of 'a'"):
         evaluate(size, {"a": 3}, "a")
-    with pytest.raises(SurgeryError, match="to be a whole number for 'a', but got 0.5"):
+    with pytest.raises(SurgeryError, match=r"to be a whole number for 'a', but got 0\.5"):
         evaluate(Polynomial.variable("a") * 0.5, {"a": 1}, "a")
 
 

@@ -24,7 +24,10 @@ OPTIMIZERS = {
 WHOLE_TENSOR = {"Adafactor", "Muon", "LBFGS"}
 SPARSE_ONLY = {"SparseAdam"}
 ELEMENTWISE = sorted(OPTIMIZERS.keys() - WHOLE_TENSOR - SPARSE_ONLY)
-EXTRA: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9, "nesterov": True}, "RMSprop": {"momentum": 0.9, "centered": True}}
+EXTRA: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.9, "nesterov": True},
+    "RMSprop": {"momentum": 0.9, "centered": True},
+}
 KEPT = (0, 3, 4)
 X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -138,7 +141,7 @@ def test_lbfgs_is_refused_by_name_and_nothing_changes() -> None:
         return loss
 
     optimizer.step(closure)
-    with pytest.raises(SurgeryError, match="LBFGS for 'up.weight': its history is one flat vector"):
+    with pytest.raises(SurgeryError, match=r"LBFGS for 'up\.weight': its history is one flat vector"):
         apply_plan(model, plan, [optimizer], verify=((X,), {}))
     assert model.up.weight.shape == (6, 3)
 
@@ -147,14 +150,16 @@ def test_state_of_an_unknown_shape_is_refused_by_name() -> None:
     model, plan = model_and_plan()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.state[model.up.weight]["sketch"] = torch.zeros(7, 7)
-    with pytest.raises(SurgeryError, match=r"state 'sketch' of SGD for 'up.weight' to have the parameter's shape \(6, 3\).*\(7, 7\)"):
+    with pytest.raises(
+        SurgeryError, match=r"state 'sketch' of SGD for 'up.weight' to have the parameter's shape \(6, 3\).*\(7, 7\)"
+    ):
         apply_plan(model, plan, [optimizer], verify=((X,), {}))
     assert model.up.weight.shape == (6, 3)
 
 
 def test_what_is_no_optimizer_is_refused() -> None:
     model, plan = model_and_plan()
-    with pytest.raises(TypeError, match="Expected optimizers to be torch.optim.Optimizer instances, but got list"):
+    with pytest.raises(TypeError, match=r"Expected optimizers to be torch\.optim\.Optimizer instances, but got list"):
         apply_plan(model, plan, [[torch.optim.SGD(model.parameters())]], verify=((X,), {}))  # type: ignore[list-item]
 
 
@@ -186,7 +191,9 @@ KEPT_AXES = {0: torch.tensor([0]), 1: torch.tensor([1, 2])}
         ("other", (4, 5, 6), (4, 5), None),
     ],
 )
-def test_axes_of_a_state_tensor(key: str, shape: tuple[int, ...], parameter: tuple[int, ...], axes: set[int] | None) -> None:
+def test_axes_of_a_state_tensor(
+    key: str, shape: tuple[int, ...], parameter: tuple[int, ...], axes: set[int] | None
+) -> None:
     found = state_axes(key, torch.zeros(shape), parameter, KEPT_AXES)
     assert (None if found is None else set(found)) == axes
     if found and key == "exp_avg_sq_col":

@@ -58,7 +58,7 @@ def test_a_tensor_written_in_place_keeps_its_dtype() -> None:
     assert cache.dtype == torch.float32 and cache.tolist() == [2, 2, 2]
 
 
-Pair = namedtuple("Pair", "a b")  # noqa: PYI024 the untyped form is the hard one
+Pair = namedtuple("Pair", "a b")
 
 
 @dataclass

@@ -58,10 +58,15 @@ def model_and_optimizer() -> tuple[Block, torch.optim.Optimizer]:
 def test_an_exception_restores_everything(model_and_optimizer: tuple[Block, torch.optim.Optimizer]) -> None:
     model, optimizer = model_and_optimizer
     before = state_of(model, [optimizer])
-    with pytest.raises(RuntimeError, match="in the middle"), Transaction(model.modules(), [optimizer]):
-        damage(model, optimizer)
-        assert state_of(model, [optimizer]) != before
-        raise RuntimeError("in the middle")
+
+    def fail() -> None:
+        with Transaction(model.modules(), [optimizer]):
+            damage(model, optimizer)
+            assert state_of(model, [optimizer]) != before
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail()
     assert state_of(model, [optimizer]) == before
     assert model.layer(torch.randn(2, 3)).shape == (2, 4)
 
@@ -96,7 +101,12 @@ def test_a_tied_parameter_and_a_dtype_come_back() -> None:
 def test_an_optimizer_that_had_no_state_has_none_again() -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(KeyError), Transaction(model.modules(), [optimizer]):
-        optimizer.state[model.weight]["momentum_buffer"] = torch.ones(1)
-        raise KeyError
+
+    def fail() -> None:
+        with Transaction([model], [optimizer]):
+            optimizer.state[model.weight]["momentum_buffer"] = torch.ones(1)
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail()
     assert not optimizer.state

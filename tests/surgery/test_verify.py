@@ -118,7 +118,7 @@ def test_a_rehearsal_repeats_itself_and_leaves_nothing_behind() -> None:
 def test_a_rehearsal_ends_after_an_error() -> None:
     model = nn.Linear(2, 2).double()
     before = state_of(model)
-    with pytest.raises(RuntimeError), Rehearsal(model) as rehearsal:  # noqa: PT011 torch's own message
+    with pytest.raises(RuntimeError), Rehearsal(model) as rehearsal:
         rehearsal.run(model, (torch.zeros(3),), {})
     assert state_of(model) == before and torch.backends.mha.get_fastpath_enabled()
 
