@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_compress.plan import PruningPlan
@@ -140,8 +141,8 @@ def apply_plan(
     check_optimizers(optimizers, tensors, kept)
 
     perturbed_error = error = None if verify is None else 0.0
-    # modules before the surgery: it adds and removes none
-    with Transaction(model.modules(), optimizers):
+    # the new data must be ordinary tensors even when the caller is in inference mode, or training could not go on
+    with torch.inference_mode(False), torch.no_grad(), Transaction(model.modules(), optimizers):
         reference: Outputs = {}
         if verify is not None and removals:
             removals, perturbed_error = _find_ways(model, plan.structures, removals, args, kwargs, tolerance)

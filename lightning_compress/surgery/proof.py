@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_compress.structures import Pinned, Structure, Structures, named_tensors
@@ -62,6 +63,8 @@ def prove(
     if removals:
         buffers = {p for r in removals for p in r.structure.parameters}
         with (
+            torch.inference_mode(False),
+            torch.no_grad(),
             Transaction(model.modules()),
             DoubleWeights(model, perturbed=True, buffers=buffers),
             Rehearsal(model) as rehearsal,

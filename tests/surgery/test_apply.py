@@ -156,6 +156,20 @@ def test_a_shim_costs_parameters_of_the_kept_units_only() -> None:
     assert error(model(x), zeroed(x)) < 1e-12
 
 
+def test_inference_mode_around_it_leaves_no_mark() -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(X).sum().backward()
+    optimizer.step()
+    with torch.inference_mode():
+        x = X * 1
+        apply_plan(model, halved(model, x, prove=True), [optimizer], verify=((x,), {}))
+    assert not any(p.is_inference() for p in model.parameters())
+    optimizer.zero_grad()
+    model(X).sum().backward()
+    optimizer.step()
+
+
 # Shared parameters
 
 
