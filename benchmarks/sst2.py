@@ -253,7 +253,7 @@ class Distilled(TextClassification):
 
 def compression(size: float) -> list[Callback]:
     return [
-        StructuredSparsity(regularizer="group_lasso", kinds=("head", "ffn"), module="model"),
+        StructuredSparsity(regularizer="group_lasso", kinds=("head", "ffn"), start=0.0, module="model"),
         FinalizeCompression(macs=size, at=1 / 3),
     ]
 

@@ -36,6 +36,9 @@ class Shrinkage(Protocol):
 
     rates: LearningRates
 
+    def observe(self) -> None:
+        """Look at the weights as they are now; what `strength` and `dead` say is as of this moment."""
+
     def protect(self, protected: Mapping[str, Tensor]) -> None:
         """From now on leave these units alone: structure name -> bool of shape (units,)."""
 
@@ -86,6 +89,9 @@ class CoupledShrinkage:
         self.protected = torch.zeros(self.groups.total, dtype=torch.bool, device=self.groups.device)
         self.alive = torch.ones(self.groups.total, dtype=self.groups.dtype, device=self.groups.device)
         self._touched: list[int] | None = None
+        self._norms = self.groups.norms()
+        names = {p.parameter for s in self.structures for p in s.slices if p.role != "companion"}
+        self.complete = names <= set(self.rates.keys)
         self._shares = [self._share(s, parameters) for s in self.structures]
 
     def _share(self, structure: Structure, parameters: Mapping[str, nn.Parameter]) -> dict[GroupKey, float]:
@@ -102,6 +108,10 @@ class CoupledShrinkage:
     def _per_structure(self, rates: Mapping[GroupKey, float]) -> list[float]:
         return [sum(share * rates.get(key, 0.0) for key, share in shares.items()) for shares in self._shares]
 
+    def observe(self) -> None:
+        """Look at the weights as they are now."""
+        self._norms = self.groups.norms()
+
     def protect(self, protected: Mapping[str, Tensor]) -> None:
         """From now on leave these units alone."""
         mask = torch.zeros(self.groups.total, dtype=torch.bool)
@@ -114,9 +124,7 @@ class CoupledShrinkage:
 
     def strength(self, steps_left: float) -> float:
         """The strength that is needed for so many steps."""
-        relative = (self.groups.norms() / self.weights.clamp(min=1e-30)).masked_fill(
-            self.protected | (self.weights == 0), 0.0
-        )
+        relative = (self._norms / self.weights.clamp(min=1e-30)).masked_fill(self.protected | (self.weights == 0), 0.0)
         reach = 0.0
         for s, rate in zip(self.structures, self._per_structure(self.rates.current()), strict=True):
             highest = float(relative[self.groups.spans[s.name]].max())
@@ -176,8 +184,13 @@ class CoupledShrinkage:
 
     def dead(self) -> dict[str, Tensor]:
         """Structure name -> bool of shape (units,) on the CPU: which units are exactly zero."""
-        zero = (self.groups.norms() == 0).cpu()
+        zero = (self._norms == 0).cpu()
         return {s.name: zero[self.groups.spans[s.name]] for s in self.structures}
+
+    def scores(self) -> dict[str, Tensor]:
+        """Structure name -> squared norms: what the importance "norm" is, without another pass over the weights."""
+        squares = self._norms.double().square().cpu()
+        return {s.name: squares[self.groups.spans[s.name]] for s in self.structures}
 
 
 @dataclass(frozen=True)
@@ -219,6 +232,9 @@ class MatrixShrinkage:
         self.groups = [g for g in groups if g.parameter in self.rates.keys]
         self.blocks = {"block_shape": block_shape, "block_grid": block_grid} if regularizer.acts_on == "matrix" else {}
         self.protected: Mapping[str, Tensor] = {}
+
+    def observe(self) -> None:
+        """Look at the weights as they are now."""
 
     def protect(self, protected: Mapping[str, Tensor]) -> None:
         """From now on leave these units alone."""

@@ -375,7 +375,12 @@ class StructuredSparsity(Callback):
         return own
 
     def scores(self) -> dict[str, Tensor]:
-        """Score of every unit by structure name: the larger, the more is lost without it."""
+        """Score of every unit by structure name, now: the larger, the more is lost without it."""
+        if self._shrinkage is not None:
+            self._shrinkage.observe()
+        return self._observed_scores()
+
+    def _observed_scores(self) -> dict[str, Tensor]:
         session = self._joined()
         assert session.traced is not None and session.structures is not None
         if self._taylor is not None:
@@ -384,6 +389,14 @@ class StructuredSparsity(Callback):
             except ValueError:  # no gradient has been seen yet: begin with the norms
                 return {n: v.square() for n, v in unit_norms(session.traced, session.structures).items()}
         importance = "norm" if self.importance == "taylor" else self.importance
+        own = self._shrinkage
+        if (
+            importance == "norm"
+            and isinstance(own, CoupledShrinkage)
+            and own.complete
+            and len(own.structures) == len(session.structures)
+        ):
+            return own.scores()
         return unit_scores(session.traced, session.structures, importance)
 
     def _refresh(self, trainer: pl.Trainer, pl_module: pl.LightningModule, position: float) -> None:
@@ -392,12 +405,15 @@ class StructuredSparsity(Callback):
         assert self._shrinkage is not None and session.structures is not None
         finalizer = session.finalizer
         self._refreshed_at = position
+        self._shrinkage.observe()
         if finalizer is not None:
             done = min(1.0, max(0.0, (position - self._start) / (1 - self._start)))
             target = ramp(done, begin_value=1.0, end_value=finalizer.fraction, shape=self.schedule)
             target = session.fraction_of_now(max(target, finalizer.fraction), finalizer.metric)
             if self.trimmed or self.automatic:
-                protected = select(session.structures, self.scores(), **finalizer.options({finalizer.metric: target}))
+                protected = select(
+                    session.structures, self._observed_scores(), **finalizer.options({finalizer.metric: target})
+                )
                 self._shrinkage.protect(protected)
             if self.automatic:
                 self.strength = self._shrinkage.strength(

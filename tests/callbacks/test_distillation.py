@@ -94,7 +94,7 @@ def test_the_teacher_is_the_model_when_sparsifying_begins() -> None:
         Look(),
         data=loader(True),
     )
-    assert [s for s, t in teachers.items() if t is not None][0] == 8  # 20 % of 40 steps
+    assert next(s for s, t in teachers.items() if t is not None) == 8  # 20 % of 40 steps
     teacher = teachers[8]
     assert teacher is teachers[40]  # one and the same, before and after the removal
     assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), seen[7], strict=True))
