@@ -9,7 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -167,7 +168,8 @@ class FinalizeCompression(Callback):
         session.finalizer = self
         # steps and epochs that a development run does not reach; a fraction of it comes
         self.skipped = bool(trainer.fast_dev_run) and self.moment.at is None  # type: ignore[attr-defined]
-        if any(isinstance(c, WeightAveraging) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        averaging = getattr(callbacks, "WeightAveraging", ())  # since Lightning 2.6
+        if any(isinstance(c, averaging) for c in trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError(
                 "Expected no WeightAveraging beside FinalizeCompression: it averages the weights of the large model "
                 "with those of "

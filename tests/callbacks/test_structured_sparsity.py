@@ -304,6 +304,33 @@ def test_the_strength_meets_the_budget_in_time(name: str, importance: Any) -> No
     assert all((norms > 0).all() for norms in first.values())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"regularizer": "block_group_lasso"},
+        {"regularizer": "block_group_lasso", "block_shape": (4, 4)},
+        {"groups": "rows"},
+        {"groups": "columns"},
+        {"trimmed": False},
+        {"every_n_steps": 3},
+    ],
+    ids=str,
+)
+def test_every_form_works_with_a_budget(options: dict[str, Any]) -> None:
+    module = Classifier(Transformer())
+    callback, finalize = StructuredSparsity(**options), FinalizeCompression(macs=0.4, report=False)
+    probe = Probe(callback)
+    fit(module, callback, probe, finalize, data=loader(sequences=True))
+    assert finalize.plan is not None
+    removed, kept = ([], [])
+    for name, last in probe.norms[-1].items():
+        change = last / probe.norms[0][name]
+        removed += [float(change[u]) for u in finalize.plan.removed(name)]
+        kept += [float(change[u]) for u in finalize.plan.kept[name]]
+    # what is removed has been shrunk, and more than what stays
+    assert sum(removed) / len(removed) < 0.9 * min(1.0, sum(kept) / len(kept))
+
+
 def test_units_that_stay_are_not_shrunk_unless_the_plain_form_is_asked_for() -> None:
     def mean_norm(trimmed: bool | None) -> float:
         torch.manual_seed(0)
