@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.callbacks.moments import FitLength
-from lightning_compress.callbacks.session import CompressionSession, is_redirected_step
+from lightning_compress.callbacks.session import CompressionSession, is_redirected_step, traced_module
 from lightning_compress.distillation_losses import logits_kl, output_mse
 
 
@@ -120,6 +120,7 @@ class Distillation(Callback):
         self._reset()
         self._session = CompressionSession.join(pl_module, self)
         self._session.before_removal.append(self._take_teacher)
+        self._session.before_shape.append(lambda checkpoint: self._restore(pl_module, checkpoint))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there will be a teacher, and a loss to add it to."""
@@ -149,6 +150,8 @@ class Distillation(Callback):
         """Put the wrapper around ``training_step``."""
         if self._given is not None:
             self._teacher = self._given.to(pl_module.device).eval()
+        elif self._teacher is not None:
+            self._teacher.to(pl_module.device)  # from a checkpoint
         self._wrap(pl_module)
 
     def on_train_batch_start(
@@ -171,6 +174,14 @@ class Distillation(Callback):
         if stage == "fit":
             self._leave()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Weights of a teacher that was copied; a given one is for the user to keep."""
+        copied = self._teacher is not None and self._given is None
+        return {
+            "module": None if self._session is None else self._session.traced_name,
+            "teacher": self._teacher.state_dict() if copied and self._teacher is not None else None,
+        }
+
     # What happens in them
 
     def _joined(self) -> CompressionSession:
@@ -185,15 +196,18 @@ class Distillation(Callback):
         if self._session is not None:
             self._session.close()
 
+    def _restore(self, pl_module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+        """Copy the module, dense as it still is, and give the copy the teacher's weights."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state is not None and state["teacher"] is not None:
+            self._teacher = _copied(traced_module(pl_module, state["module"]))
+            self._teacher.load_state_dict(state["teacher"])
+
     def _take_teacher(self) -> None:
         """Copy the traced module as it is now, unless there is a teacher already."""
         traced = self._joined().traced
         if self._teacher is None and traced is not None:
-            teacher = copy.deepcopy(traced)
-            vars(teacher).pop("training_step", None)
-            for parameter in teacher.parameters():
-                parameter.grad = None
-            self._teacher = teacher.requires_grad_(False).eval()
+            self._teacher = _copied(traced)
 
     def _wrap(self, pl_module: pl.LightningModule) -> None:
         original = pl_module.training_step
@@ -298,6 +312,16 @@ class Distillation(Callback):
                 f"output[0])."
             )
         return chosen
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A frozen copy in evaluation mode, without what the fit has put around the module."""
+    teacher = copy.deepcopy(module)
+    for name in ("training_step", "on_load_checkpoint"):
+        vars(teacher).pop(name, None)
+    for parameter in teacher.parameters():
+        parameter.grad = None
+    return teacher.requires_grad_(False).eval()
 
 
 def block_names(model: nn.Module) -> list[str]:

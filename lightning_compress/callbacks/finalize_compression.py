@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from lightning_compress.budget import BudgetWarning, Metric, PerStructure, make_plan, select
+from lightning_compress.callbacks.checkpoint import before_load, take_shape
 from lightning_compress.callbacks.moments import FitLength, Moment
-from lightning_compress.callbacks.session import CompressionSession, log_progress
+from lightning_compress.callbacks.session import CompressionSession, log_progress, traced_module
 from lightning_compress.importance import Importance, TaylorAccumulator, unit_scores
 from lightning_compress.plan import PruningPlan
 from lightning_compress.report import (
@@ -125,6 +126,9 @@ class FinalizeCompression(Callback):
         self._taylor: TaylorAccumulator | None = None
         self._dense: nn.Module | None = None
         self._before: tuple[int, int] = (0, 0)
+        self._errors: list[float] = []
+        self._undo: Callable[[], None] | None = None
+        self._module: pl.LightningModule | None = None
 
     @property
     def state_key(self) -> str:
@@ -155,9 +159,13 @@ class FinalizeCompression(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Join the other compression callbacks of this fit."""
+        if stage == "fit":
+            self._reset()
+        self._module = pl_module
         if stage != "fit":
+            # a checkpoint of the small model may be tested with a module that is still dense
+            self._undo = before_load(pl_module, lambda checkpoint: self._take_shape(pl_module, checkpoint))
             return
-        self._reset()
         session = self._session = CompressionSession.join(pl_module, self)
         if session.finalizer is not None:
             raise ValueError(
@@ -166,6 +174,7 @@ class FinalizeCompression(Callback):
                 f"FinalizeCompression({self.metric}={self.fraction:g}, {self.moment}, rounds=2)."
             )
         session.finalizer = self
+        session.take_shape.append(lambda checkpoint: self._take_shape(pl_module, checkpoint))
         # steps and epochs that a development run does not reach; a fraction of it comes
         self.skipped = bool(trainer.fast_dev_run) and self.moment.at is None  # type: ignore[attr-defined]
         averaging = getattr(callbacks, "WeightAveraging", ())  # since Lightning 2.6
@@ -260,8 +269,26 @@ class FinalizeCompression(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave nothing behind after the fit."""
-        if stage == "fit":
-            self._leave()
+        self._leave()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been removed, and what it has been removed from."""
+        return {
+            "session": None if self._session is None else self._session.state_dict(),
+            "done": self._done,
+            "before": list(self._before),
+            "errors": list(self._errors),
+            "report": None if self.report is None else self.report.to_json(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue after the removals of a checkpoint."""
+        if self._session is not None and self._module is not None and state_dict["session"] is not None:
+            self._session.load_state_dict(state_dict["session"], self._module)
+        self._done = state_dict["done"]
+        self._before = tuple(state_dict["before"])
+        self._errors = list(state_dict["errors"])
+        self.report = None if state_dict["report"] is None else CompressionReport.from_json(state_dict["report"])
 
     # What happens in them
 
@@ -269,7 +296,18 @@ class FinalizeCompression(Callback):
         assert self._session is not None, "setup has not been called"
         return self._session
 
+    def _take_shape(self, pl_module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+        """Make the module as small as the one whose weights are about to be loaded."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        session = None if state is None else state["session"]
+        if session is not None and session["plan"] is not None:
+            take_shape(traced_module(pl_module, session["module"]), PruningPlan.from_json(session["plan"]))
+
     def _leave(self) -> None:
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+        self._module = None
         if self._session is not None:
             self._session.close()
         self._dense = None
@@ -324,6 +362,7 @@ class FinalizeCompression(Callback):
             done = apply_plan(session.traced, plan, optimizers=trainer.optimizers, verify=verify)
         session.removed(done.plan)
         self.surgery_reports.append(done)
+        self._errors.append(_error(done))
         log_progress(pl_module, session.progress())
         self._taylor = None
         if self.finished:
@@ -361,7 +400,7 @@ class FinalizeCompression(Callback):
             prunable_macs=(part.evaluate(dense.counts) / examples, part.evaluate(structures.counts) / examples),
             bytes=(self._before[1], file_size(session.traced)),
             structures=tuple(StructureCount(s.name, s.kind, s.units, structures.counts[s.name], s.tier) for s in dense),
-            error=max(_error(r) for r in self.surgery_reports),
+            error=max(self._errors),
             latency=latency,
             pinned=len(dense.pinned),
             module=session.traced_name,

@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_compress.analysis import discover
 from lightning_compress.budget import Metric, kept_fraction
+from lightning_compress.callbacks.checkpoint import before_load, structures_from_state, structures_state
 from lightning_compress.callbacks.example import ExampleCall, smallest_example, undisturbed
 from lightning_compress.callbacks.optimizer_steps import OptimizerSteps
 from lightning_compress.plan import PruningPlan
@@ -70,11 +71,16 @@ class CompressionSession:
         self.structures: Structures | None = None
         self.dense: Structures | None = None
         self.plan: PruningPlan | None = None
+        self.dense_state: dict[str, Any] | None = None
         self.version = 0
         self.steps = OptimizerSteps()
         self.sparsities: list[StructuredSparsity] = []
         self.finalizer: FinalizeCompression | None = None
         self.before_removal: list[Callable[[], None]] = []
+        # what happens with a checkpoint before its weights are loaded: first to the dense module, then to its shape
+        self.before_shape: list[Callable[[Mapping[str, Any]], None]] = []
+        self.take_shape: list[Callable[[Mapping[str, Any]], None]] = []
+        self._undo: Callable[[], None] | None = None
         self._kinds: dict[str, None] = {}
         self._members: list[object] = []
         self._hooks: list[Any] = []
@@ -93,6 +99,7 @@ class CompressionSession:
         session = cls._sessions.get(pl_module)
         if session is None or session._closed or callback in session._members:
             session = cls._sessions[pl_module] = CompressionSession()
+            session._undo = before_load(pl_module, session._prepare)
         if callback.module is not None:
             if session.module_name not in (None, callback.module):
                 raise ValueError(
@@ -117,6 +124,9 @@ class CompressionSession:
         """Let go of hooks, models and examples; the structures and the plan stay for whoever asks after the fit."""
         self._closed = True
         self._unwatch()
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
         self.steps.detach()
         self.batch = self.example = None
         self._calls.clear()
@@ -188,7 +198,7 @@ class CompressionSession:
         Raises:
             ValueError: if nothing in the traced module can be removed.
         """
-        if self.structures is not None:
+        if self.structures is not None and self.example is not None:
             return True
         if not self.resolve(pl_module):
             return False
@@ -196,12 +206,42 @@ class CompressionSession:
         # weights are traced as they are stored: autocast would hide them behind casts
         with torch.inference_mode(False), torch.autocast(pl_module.device.type, enabled=False):
             self.example = smallest_example(self.traced, self.batch)
+            if self.structures is not None:
+                return True  # known from a checkpoint
             with undisturbed(self.traced):
                 structures = discover(self.traced, self.example.args, self.example.kwargs, kinds=self.kinds, prove=True)
         if not len(structures):
             raise ValueError(self._nothing_prunable(structures, pl_module))
         self.structures = self.dense = structures
+        self.dense_state = structures_state(self.traced, structures)
         return True
+
+    # Checkpoints
+
+    def _prepare(self, checkpoint: Mapping[str, Any]) -> None:
+        for prepare in (*self.before_shape, *self.take_shape):
+            prepare(checkpoint)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed fit cannot find out: the structures of the dense model, and what has been removed from it."""
+        return {
+            "module": self.traced_name if self.traced is not None else None,
+            "dense": self.dense_state,
+            "plan": None if self.plan is None else self.plan.to_json(),
+            "version": self.version,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], pl_module: pl.LightningModule) -> None:
+        """Continue where ``state_dict`` was taken; the module has the shape of that moment already."""
+        if state["dense"] is None:
+            return
+        self.traced_name, self.traced = state["module"], traced_module(pl_module, state["module"])
+        self.dense_state = state["dense"]
+        self.dense = self.structures = structures_from_state(state["dense"])
+        self.version = state["version"]
+        if state["plan"] is not None:
+            self.plan = PruningPlan.from_json(state["plan"])
+            self.structures = self.plan.shrunk(self.dense)
 
     def require_structures(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Structures:
         """The structures, once the first training batch is over.
@@ -266,6 +306,14 @@ def log_progress(pl_module: pl.LightningModule, values: Mapping[str, float]) -> 
     """Log numbers to the progress bar and the loggers, as of this step."""
     for name, value in values.items():
         pl_module.log(name, value, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
+
+
+def traced_module(pl_module: pl.LightningModule, name: str) -> nn.Module:
+    """The sub-module of this name; of a compiled one the original, which can be taken apart."""
+    module = pl_module.get_submodule(name)
+    original = getattr(module, "_orig_mod", module)
+    assert isinstance(original, nn.Module)
+    return original
 
 
 def is_redirected_step(module: nn.Module, pl_module: pl.LightningModule) -> bool:

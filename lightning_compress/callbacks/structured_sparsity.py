@@ -167,8 +167,9 @@ class StructuredSparsity(Callback):
         self._applied_at = 0
         self._applied: dict[GroupKey, float] = {}
         self._refreshed_at = -math.inf
+        self._protected: dict[str, Tensor] | None = None
         self._taylor: TaylorAccumulator | None = None
-        self._taylor_state: Mapping[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None
         self._dead: dict[str, Tensor] = {}
 
     @property
@@ -241,6 +242,12 @@ class StructuredSparsity(Callback):
         self._origin = self._moment.position(trainer, self._length)
         self._steps_at_origin = session.steps.count
         self._skip_pending()
+        if self._resumed is not None:
+            self._origin = self._resumed["origin"]
+            self._steps_at_origin -= self._resumed["steps"]
+            self._applied_at -= self._resumed["pending_steps"]
+            # what was not acted on yet when the checkpoint was written
+            self._applied = {(key[0], key[1]): -value for key, value in self._resumed["pending"]}
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -256,7 +263,7 @@ class StructuredSparsity(Callback):
         if not session.ensure_structures(trainer, pl_module) or not self._is_active(trainer):
             return
         self._follow()
-        if self._taylor is not None and session.steps.count % TAYLOR_EVERY == 0:
+        if self._taylor is not None and (session.steps.count - self._steps_at_origin) % TAYLOR_EVERY == 0:
             self._taylor.update()
         if self.mode == "loss" and self._shrinkage is not None and self.strength > 0:
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -294,14 +301,27 @@ class StructuredSparsity(Callback):
             self._leave()
 
     def state_dict(self) -> dict[str, Any]:
-        """Strength and first-order scores."""
-        taylor = self._taylor.state_dict() if self._taylor is not None else self._taylor_state
-        return {"strength": self.strength, "taylor": taylor}
+        """Strength, scores, what is protected and what is dead, and how far the steps have been acted on."""
+        if self._resumed is not None or self._session is None:
+            return dict(self._resumed or {"strength": self.strength})
+        steps = self._session.steps
+        return {
+            "strength": self.strength,
+            "version": self._version,
+            "origin": self._origin,
+            "steps": steps.count - self._steps_at_origin,
+            "pending_steps": steps.count - self._applied_at,
+            "pending": [(list(key), total - self._applied.get(key, 0.0)) for key, total in steps.sums().items()],
+            "refreshed_at": self._refreshed_at,
+            "protected": self._protected,
+            "alive": self._shrinkage.alive.cpu() if isinstance(self._shrinkage, CoupledShrinkage) else None,
+            "taylor": None if self._taylor is None else self._taylor.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with the strength and scores of a checkpoint."""
+        """Continue where a checkpoint was written."""
         self.strength = state_dict["strength"]
-        self._taylor_state = state_dict["taylor"]
+        self._resumed = dict(state_dict) if "steps" in state_dict else None
 
     # What happens in them
 
@@ -356,12 +376,23 @@ class StructuredSparsity(Callback):
             )
         if self.importance == "taylor":
             self._taylor = TaylorAccumulator(session.traced, session.structures, decay=0.95)
-            if self._taylor_state is not None:
-                self._taylor.load_state_dict(self._taylor_state)
-                self._taylor_state = None
         self._version = session.version
         self._refreshed_at = -math.inf
         self._dead = {}
+        if self._resumed is not None and self._resumed["version"] == session.version:
+            self._refreshed_at = self._resumed["refreshed_at"]
+            if self._taylor is not None and self._resumed["taylor"] is not None:
+                self._taylor.load_state_dict(self._resumed["taylor"])
+            if self._resumed["protected"] is not None:
+                self._protect(self._resumed["protected"])
+            if isinstance(self._shrinkage, CoupledShrinkage) and self._resumed["alive"] is not None:
+                self._shrinkage.alive = self._resumed["alive"].to(self._shrinkage.alive)
+        self._resumed = None
+
+    def _protect(self, protected: Mapping[str, Tensor]) -> None:
+        assert self._shrinkage is not None
+        self._protected = dict(protected)
+        self._shrinkage.protect(protected)
 
     def _own_structures(self) -> list[Structure]:
         structures = self._joined().structures
@@ -414,15 +445,13 @@ class StructuredSparsity(Callback):
                 protected = select(
                     session.structures, self._observed_scores(), **finalizer.options({finalizer.metric: target})
                 )
-                self._shrinkage.protect(protected)
+                self._protect(protected)
             if self.automatic:
                 self.strength = self._shrinkage.strength(
                     self._steps_left(position, finalizer.next_position(self._start))
                 )
                 if not self.trimmed:
-                    self._shrinkage.protect(
-                        {s.name: torch.zeros(s.units, dtype=torch.bool) for s in session.structures}
-                    )
+                    self._protect({s.name: torch.zeros(s.units, dtype=torch.bool) for s in session.structures})
         self._bury(trainer)
         self._log(pl_module)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from lightning_compress.report.latency import Latency
@@ -78,6 +78,17 @@ class CompressionReport:
     def to_json(self) -> str:
         """The report as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> CompressionReport:
+        """The report that ``to_json`` has written."""
+        data = json.loads(text)
+        values = {f.name: data[f.name] for f in fields(cls)}
+        for name in ("params", "macs", "prunable_macs", "bytes"):
+            values[name] = tuple(values[name])
+        values["structures"] = tuple(StructureCount(**s) for s in values["structures"])
+        values["latency"] = {call: tuple(Latency(**one) for one in pair) for call, pair in values["latency"].items()}
+        return cls(**values)
 
     def metrics(self) -> dict[str, float]:
         """The headline numbers under flat names, as loggers take them."""

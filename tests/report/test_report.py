@@ -107,6 +107,7 @@ def test_the_report_reads_as_a_table() -> None:
 
 def test_the_report_as_data() -> None:
     data = json.loads(report().to_json())
+    assert CompressionReport.from_json(report().to_json()) == report()
     assert data["params"] == [2_000_000, 500_000]
     assert data["macs_kept"] == 0.25
     assert data["speedup"] == 4.0

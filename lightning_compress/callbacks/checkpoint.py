@@ -1,0 +1,68 @@
+"""What a checkpoint knows of a compression, and how a fresh dense module takes the shape of a compressed one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import nn
+
+from lightning_compress.plan import PruningPlan
+from lightning_compress.polynomials import Polynomial
+from lightning_compress.structures import Pinned, Structures, named_tensors
+from lightning_compress.surgery import apply_plan
+
+
+def structures_state(model: nn.Module, structures: Structures) -> dict[str, Any]:
+    """Structures with their costs, as text and numbers; ``model`` is the model as it is described by them."""
+    return {
+        "structures": PruningPlan.of(model, structures, {}).to_json(),
+        **{name: _terms(getattr(structures, name)) for name in ("weight_macs", "activation_macs", "params")},
+        "pinned": [(p.name, p.kind, p.units, list(p.parameters), list(p.reasons)) for p in structures.pinned],
+    }
+
+
+def structures_from_state(state: Mapping[str, Any]) -> Structures:
+    """What ``structures_state`` has described."""
+    costs = {
+        name: Polynomial({tuple(key): coefficient for key, coefficient in state[name]})
+        for name in ("weight_macs", "activation_macs", "params")
+    }
+    pinned = [Pinned(name, kind, units, tuple(p), tuple(r)) for name, kind, units, p, r in state["pinned"]]
+    return Structures(PruningPlan.from_json(state["structures"]).structures, pinned=pinned, **costs)
+
+
+def _terms(polynomial: Polynomial) -> list[tuple[list[str], float]]:
+    return [(list(key), coefficient) for key, coefficient in polynomial]
+
+
+def take_shape(model: nn.Module, plan: PruningPlan) -> None:
+    """Remove from ``model`` what ``plan`` does not keep, unless that has happened already.
+
+    The weights are about to be replaced by those of a checkpoint, and the removal was verified when it was made.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items() if name in plan.shapes}
+    if shapes != plan.new_shapes():
+        apply_plan(model, plan)
+
+
+def before_load(pl_module: pl.LightningModule, prepare: Callable[[Mapping[str, Any]], None]) -> Callable[[], None]:
+    """Call ``prepare(checkpoint)`` before the weights of a checkpoint are loaded; returns how to undo that.
+
+    A callback sees a checkpoint when the weights have been loaded, which is too late to give the module their shape.
+    The module's own ``on_load_checkpoint`` is in time.
+    """
+    original = pl_module.on_load_checkpoint
+
+    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+        prepare(checkpoint)
+        original(checkpoint)
+
+    pl_module.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]
+
+    def undo() -> None:
+        if vars(pl_module).get("on_load_checkpoint") is on_load_checkpoint:
+            del pl_module.on_load_checkpoint
+
+    return undo
