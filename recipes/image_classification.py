@@ -191,6 +191,11 @@ def read_hub(name: str, image: str, label: str) -> dict[str, Split]:
             if missing := {image, label} - set(rows.column_names):
                 raise ValueError(f"Expected columns {sorted(missing)} in {name!r}, but it has {rows.column_names}.")
             splits[split] = rows[image], list(rows[label])
+    number = {name: n for n, name in enumerate(sorted(set(splits["train"][1])))}
+    for split, (images, labels) in splits.items():
+        if unknown := set(labels) - set(number):
+            raise ValueError(f"Expected labels of {name!r} among {sorted(number)}, but got {unknown} in {split!r}.")
+        splits[split] = images, [number[label] for label in labels]
     return splits
 
 
@@ -246,13 +251,17 @@ def parser() -> ArgumentParser:
     add("--heads", type=int, default=8, help="attention heads of each block")
     add("--patch", type=int, default=2, help="pixels from one patch to the next")
     add("--shift", type=int, default=1, help="training images move by up to so many pixels")
-    add("--epochs", type=int, default=40, help="epochs of each of the two fits")
-    add("--batch_size", type=int, default=64, help="images in a training batch")
+    add("--epochs", type=int, default=50, help="epochs of each of the two fits")
+    add("--batch_size", type=int, default=32, help="images in a training batch")
     add("--lr", type=float, default=2e-3, help="highest learning rate")
     add("--regularizer", default="group_lasso", help="what drives heads and FFN units to zero")
-    add("--macs", type=float, default=0.3, help="kept fraction of the multiply-accumulates of the prunable part")
-    add("--start", type=float, default=0.3, help="fraction of the fit at which sparsifying begins")
-    add("--at", type=float, default=0.6, help="fraction of the fit at which units are removed")
+    add("--importance", default="taylor", help="how heads and FFN units are ranked: 'taylor' or 'norm'")
+    add("--macs", type=float, default=0.36, help="kept fraction of the multiply-accumulates of the prunable part")
+    add("--start", type=float, default=0.1, help="fraction of the fit at which sparsifying begins")
+    add("--at", type=float, default=0.4, help="fraction of the fit at which units are removed")
+    add(
+        "--distill", type=float, default=0.0, help="weight of the answers of the model as it was when sparsifying began"
+    )
     add("--seed", type=int, default=0, help="of weights, order and split")
     add("--results", default=None, help="JSON file for the comparison")
     add("--check", action="store_true", help="exit with status 1 if a bound is missed")
@@ -265,15 +274,11 @@ def main(o: Namespace) -> dict[str, Any]:
     classes, mode = len(set(train[1])), "RGB" if o.color else "L"
     training = DataLoader(Images(train, o.size, mode), o.batch_size, shuffle=True, drop_last=True)
     testing = DataLoader(Images(test, o.size, mode), 256)
+    sparsity = StructuredSparsity(o.regularizer, kinds=("head", "ffn"), importance=o.importance, start=o.start)
     finalize = FinalizeCompression(macs=o.macs, at=o.at)
-    fits: dict[str, list[L.Callback]] = {
-        "dense": [],
-        "compressed": [
-            StructuredSparsity(regularizer=o.regularizer, kinds=("head", "ffn"), start=o.start),
-            finalize,
-            Distillation(alpha=0.5, temperature=2.0),
-        ],
-    }
+    # A model that has hardly learned is no teacher: for one that comes pretrained.
+    distillation = [Distillation(alpha=o.distill, temperature=2.0)] if o.distill else []
+    fits: dict[str, list[L.Callback]] = {"dense": [], "compressed": [sparsity, finalize, *distillation]}
     modules: dict[str, nn.Module] = {}
     accuracy: dict[str, float] = {}
     seconds: dict[str, float] = {}

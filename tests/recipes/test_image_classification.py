@@ -111,6 +111,22 @@ def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         recipe.read("owner/name", "image", "kind", seed=0)
 
 
+@pytest.mark.parametrize("labels, expected", [(["cat", "ant", "cat"], [1, 0, 1]), ([7, 3, 7], [1, 0, 1])])
+def test_labels_of_the_hub_are_numbered(
+    monkeypatch: pytest.MonkeyPatch, labels: list[int | str], expected: list[int]
+) -> None:
+    def split(labels: list[int | str]) -> datasets.Dataset:
+        return datasets.Dataset.from_dict({"image": [b""] * len(labels), "label": labels})
+
+    hub = datasets.DatasetDict(train=split(labels), test=split(labels[1:]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: hub)
+    assert [split[1] for split in recipe.read("name", "image", "label", seed=0)] == [expected, expected[1:]]
+    hidden = type(labels[0])(-1)
+    hub["test"] = split([hidden, hidden])  # the labels of a competition's test set are kept back
+    with pytest.raises(ValueError, match=rf"Expected labels of 'name' among .*, but got {{{hidden!r}}} in 'test'"):
+        recipe.read("name", "image", "label", seed=0)
+
+
 def test_shifts_move_whole_images() -> None:
     image = torch.arange(2 * 6 * 5.0).view(1, 2, 6, 5)
     padded = torch.nn.functional.pad(image, (2, 2, 2, 2), mode="replicate")[0]
@@ -222,6 +238,8 @@ def test_a_model_of_transformers_is_compressed(photographs: Path, tmp_path: Path
         "--size=16",
         "--epochs=2",
         "--batch_size=8",
+        "--distill=0.5",
+        "--start=0.2",
     )
     assert comparison["report"]["macs_kept"] == pytest.approx(0.5, abs=0.02)
     assert {s["kind"] for s in comparison["report"]["structures"]} == {"head", "ffn"}
