@@ -130,8 +130,7 @@ def apply_plan(
     if verify is None and unproven:
         raise SurgeryError(
             f"Expected verify=(args, kwargs), an example call of the model, because no way to remove {unproven[0]!r} "
-            "is known yet "
-            f"({len(unproven)} structures like it), but got None."
+            f"is known yet ({len(unproven)} structures like it), but got None."
         )
     tensors = named_tensors(model)
     before = _count(model)
@@ -147,6 +146,7 @@ def apply_plan(
         if verify is not None and removals:
             removals, perturbed_error = _find_ways(model, plan.structures, removals, args, kwargs, tolerance)
             reference = _zeroed_outputs(model, removals, args, kwargs)
+            kept = once(kept_axes(removals), tensors)  # a way may leave some tensors whole
         names = {r.structure.name for r in removals}
         shapes = {name: tuple(tensors[name].shape) for name in kept}
         install(dict(model.named_modules()), removals, tensors, [s for s in plan.structures if s.name not in names])
@@ -187,8 +187,7 @@ def _find_ways(
             others = f" {len(failures) - 1} more structures were refused." if len(failures) > 1 else ""
             raise SurgeryError(
                 f"Expected {_title(bench.removals[name])} to be removable, but {reason}. Nothing was changed; leave it "
-                "out of the plan, or "
-                f"call discover(..., prove=True), which does.{others}"
+                f"out of the plan, or call discover(..., prove=True), which does.{others}"
             )
         found = list(ways.values())
         return found, bench.error_of(found)
@@ -215,8 +214,7 @@ def _final_error(
     if error > tolerance:
         raise SurgeryError(
             f"Expected the smaller model to agree with the zeroed one within {tolerance:g}, but the outputs differ by "
-            f"{error:.1e} on the "
-            "true weights. Nothing was changed."
+            f"{error:.1e} on the true weights. Nothing was changed."
         )
     return error
 

@@ -115,9 +115,8 @@ def once(kept: Mapping[str, AxisPositions], tensors: Mapping[str, Tensor]) -> di
         elif result[other].keys() != axes.keys() or any(not torch.equal(p, result[other][a]) for a, p in axes.items()):
             raise SurgeryError(
                 f"Expected the names of a shared parameter to agree on what goes, but {other!r} and {name!r} are one "
-                "tensor and the plan "
-                f"cuts axes {sorted(result[other])} of the first and {sorted(axes)} of the second, or other positions. "
-                "Discover the structures of this very model, where the sharing is seen."
+                f"tensor and the plan cuts axes {sorted(result[other])} of the first and {sorted(axes)} of the second, "
+                "or other positions. Discover the structures of this very model, where the sharing is seen."
             )
     return result
 
@@ -225,8 +224,8 @@ def _facing(module: nn.Module, edit: ShimEdit, structure: Structure) -> Slice:
         if path == edit.module and edit.side in faced_side(module, piece):
             return piece
     raise SurgeryError(
-        f"Expected a parameter of {edit.module!r} to face its {edit.side} shim in structure "
-        f"{structure.name!r}, but none does."
+        f"Expected a parameter of {edit.module!r} to face its {edit.side} shim in structure {structure.name!r}, but "
+        "none does."
     )
 
 
@@ -285,8 +284,7 @@ def evaluate(size: Polynomial, counts: Mapping[str, float], structure: str) -> i
     if missing:
         raise SurgeryError(
             f"Expected the kept counts of {missing} beside those of {structure!r}, because a size depends on all of "
-            "them, but the plan "
-            "does not hold them. Make the plan from all structures that discovery returned."
+            "them, but the plan does not hold them. Make the plan from all structures that discovery returned."
         )
     value = size.evaluate(counts)
     if value != int(value) or value < 0:

@@ -17,8 +17,8 @@ _WRAPPERS = {
     "FullyShardedDataParallel": "Remove units before the model is sharded, and shard the smaller model.",
     "FSDPModule": "Remove units before the model is sharded, and shard the smaller model.",
     "OptimizedModule": "Pass model._orig_mod and compile it again afterwards.",
-    "ScriptModule": "Remove units from the eager module and script the smaller one.",
 }
+_SCRIPTED = "Remove units from the eager module and script the smaller one."
 
 
 def check_plain(model: nn.Module) -> None:
@@ -27,6 +27,10 @@ def check_plain(model: nn.Module) -> None:
         raise TypeError(f"Expected model to be an nn.Module, but got {type(model).__name__}.")
     for path, module in model.named_modules():
         where = f" at {path!r}" if path else ""
+        if isinstance(module, torch.jit.ScriptModule):
+            if path:
+                continue  # harmless as long as no plan touches its weights, see check_weights
+            raise SurgeryError(f"Expected the plain module, but got {type(module).__name__}. {_SCRIPTED}")
         for base in type(module).__mro__:
             if base.__name__ in _WRAPPERS and base.__module__.startswith("torch"):
                 raise SurgeryError(
@@ -35,35 +39,36 @@ def check_plain(model: nn.Module) -> None:
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise SurgeryError(
                 f"Expected the plain module, but {type(module).__name__}{where} was compiled in place by "
-                "module.compile(). "
-                "Remove units first, then compile."
+                "module.compile(). Remove units first, then compile."
             )
 
 
 def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], kept: Mapping[str, AxisPositions]) -> None:
     """Raise SurgeryError for a tensor of the plan that is not finite or that is computed from other parameters."""
     for path, module in owners_of(dict(model.named_modules()), (tensors[name] for name in kept)):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise SurgeryError(
+                f"Expected the weights of {path!r} to be those of a plain module, but it is scripted. {_SCRIPTED}"
+            )
         hooks = [type(hook) for hook in module._forward_pre_hooks.values()]
         if ".parametrizations." in f".{path}." or any(h.__module__.startswith("torch.nn.utils") for h in hooks):
             layer = path.partition(".parametrizations.")[0]
             raise SurgeryError(
                 f"Expected the weights of {layer!r} to be plain parameters, but they are parametrized (weight_norm, "
-                "spectral_norm, a pruning "
-                "mask). Make them permanent first: torch.nn.utils.parametrize.remove_parametrizations or prune.remove."
+                "spectral_norm, a pruning mask). Make them permanent first: "
+                "torch.nn.utils.parametrize.remove_parametrizations or prune.remove."
             )
     for name in kept:
         tensor = tensors[name]
         if type(tensor.data) is not Tensor:
             raise SurgeryError(
                 f"Expected {name!r} to be an ordinary dense tensor, but got {type(tensor.data).__name__} (sharded or "
-                "quantized). "
-                "Remove units before sharding and quantization."
+                "quantized). Remove units before sharding and quantization."
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise SurgeryError(
                 f"Expected finite weights, but {name!r} holds NaN or infinity. Nothing was removed; look for the step "
-                "at which training "
-                "diverged (a lower learning rate, gradient clipping)."
+                "at which training diverged (a lower learning rate, gradient clipping)."
             )
 
 
@@ -81,8 +86,7 @@ def check_sharing(tensors: Mapping[str, Tensor], kept: Iterable[str]) -> None:
             if sharer is not tensor and _overlap(tensor, sharer):
                 raise SurgeryError(
                     f"Expected {name!r} to share memory with no other tensor, but {other!r} is another view of the "
-                    "same storage. "
-                    "Tie weights by assigning the same Parameter object to both modules."
+                    "same storage. Tie weights by assigning the same Parameter object to both modules."
                 )
 
 

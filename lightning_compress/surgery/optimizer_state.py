@@ -69,8 +69,8 @@ def check_optimizers(
         if touched and isinstance(optimizer, torch.optim.LBFGS):
             raise SurgeryError(
                 f"Expected an optimizer with state per parameter, but got LBFGS for {touched[0]!r}: its history is one "
-                "flat vector "
-                "of all parameters and cannot be cut. Use another optimizer, or make a new LBFGS after the removal."
+                "flat vector of all parameters and cannot be cut. Use another optimizer, or make a new LBFGS after "
+                "the removal."
             )
         for name in touched:
             _cut_one(optimizer, name, tensors[name], tuple(tensors[name].shape), kept[name], dry=True)
@@ -119,9 +119,8 @@ def _cut_one(
             if axes is None:
                 raise SurgeryError(
                     f"Expected the state {key!r} of {where} to have the parameter's shape {shape}, that shape without "
-                    "an axis, or one "
-                    f"element, but got {tuple(value.shape)}. Use another optimizer, or make a new one after the "
-                    "removal."
+                    f"an axis, or one element, but got {tuple(value.shape)}. Use another optimizer, or make a new one "
+                    "after the removal."
                 )
             return value if dry or not axes else select(value, axes)
         if type(value) in (list, tuple):

@@ -87,8 +87,8 @@ def _cannot_even_try(model: nn.Module, tensors: Mapping[str, Tensor], structure:
         if tensors[piece.parameter].shape[piece.axis] != piece.size:
             raise ValueError(
                 f"Expected axis {piece.axis} of {piece.parameter!r} to have size {piece.size}, as in structure "
-                f"{structure.name!r}, but "
-                f"got {tensors[piece.parameter].shape[piece.axis]}: these are the structures of another model."
+                f"{structure.name!r}, but got {tensors[piece.parameter].shape[piece.axis]}: these are the structures "
+                "of another model."
             )
     try:
         kept = once(kept_axes([Removal(structure, tuple(range(1, structure.units)))]), tensors)

@@ -125,8 +125,7 @@ def place_shim(
                 continue
             raise SurgeryError(
                 f"Expected {name!r} to be known to the {edit.side} shim of {edit.module!r} from the removal that made "
-                "it, but it is not, "
-                "so the width between the sliced weights cannot follow."
+                "it, but it is not, so the width between the sliced weights cannot follow."
             )
         stays &= (owners[name] < 0) | torch.isin(owners[name], torch.tensor(units))
     moved = torch.cumsum(stays, 0) - 1

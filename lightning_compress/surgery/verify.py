@@ -126,7 +126,7 @@ class Rehearsal:
             outputs = self.run(self._model, args, kwargs)
         except Exception as failure:  # foreign code may raise anything
             raise SurgeryError(
-                f"Expected the example call to run in evaluation mode and float64, but it raised "
+                "Expected the example call to run in evaluation mode and float64, but it raised "
                 f"{type(failure).__name__}: {failure}"
             ) from failure
         if not any(not output.internal for output in outputs.values()):

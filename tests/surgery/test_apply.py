@@ -170,6 +170,29 @@ def test_inference_mode_around_it_leaves_no_mark() -> None:
     optimizer.step()
 
 
+def test_companions_that_cannot_have_a_shim_stay_whole_and_so_does_their_optimizer_state() -> None:
+    def compute(m: Any, x: Tensor) -> Tensor:
+        h = m.a(x) * m.gate
+        return m.b(h / h.shape[-1] ** 0.5)  # only the original width gives the right number
+
+    model = Hostile(compute, gate=nn.Parameter(torch.rand(8))).double()
+    optimizer = torch.optim.Adam(model.parameters())
+    x = X.double()
+    model(x).sum().backward()
+    optimizer.step()
+    plan = halved(model, x)
+    assert "gate" in plan.shapes
+    zeroed = copy.deepcopy(model)
+    zero_units(zeroed, plan)
+    report = apply_plan(model, plan, [optimizer], verify=((x,), {}))
+    assert report.structures[0].tier == "shim" and model.gate.shape == (8,) and model.a.weight.shape == (4, 6)
+    assert error(model(x), zeroed(x)) < 1e-12
+    for parameter in model.parameters():
+        assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
+    model(x).sum().backward()
+    optimizer.step()
+
+
 # Shared parameters
 
 
@@ -467,6 +490,24 @@ def test_wrapped_models_are_refused_with_the_way_out() -> None:
     model.compile()
     with pytest.raises(SurgeryError, match=r"Sequential was compiled in place by module.compile\(\)"):
         apply_plan(model, plan, verify=VERIFY)
+
+
+def test_a_scripted_part_is_no_obstacle_unless_its_weights_are_to_go() -> None:
+    def with_scripted_part() -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return nn.Sequential(mlp(), torch.jit.script(nn.Linear(4, 5)))
+
+    model = with_scripted_part()
+    apply_plan(model, halved(model, X, prove=True), verify=VERIFY)
+    assert model[0][0].out_features == 4
+    model = with_scripted_part()
+    table = torch.arange(5).unsqueeze(1)
+    plan = PruningPlan.of(
+        model, [Structure("s", "ffn", 5, (Slice("1.weight", 0, 5, table, "producer"),), tier="native")], {"s": [0]}
+    )
+    with pytest.raises(SurgeryError, match="weights of '1' to be those of a plain module, but it is scripted"):
+        apply_plan(model, plan)
 
 
 class DistributedDataParallel(nn.Module):
