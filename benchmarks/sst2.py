@@ -64,6 +64,7 @@ METHODS = ("ours", "taylor", "magnitude", "small_dense")
 SIZES = (0.5, 0.25, 0.125)
 SEEDS = (0, 1)
 EPOCHS = 3
+RATES = {0.5: 1e-4, 0.25: 2e-4, 0.125: 3e-4}  # learning rate of every method: what has lost more must move further
 ALPHA, TEMPERATURE, HIDDEN = 0.9, 2.0, 10.0  # weights of the distillation, see `Distilled`
 TOKENS = 128  # length at which MACs and latency are stated
 
@@ -252,9 +253,14 @@ class Distilled(TextClassification):
 
 
 def compression(size: float) -> list[Callback]:
+    """Sparsify from the first step, remove after a fifth of the fit.
+
+    The callbacks count MACs at the length of their example, the longest sentences of dev; heads weigh less there than at
+    the TOKENS at which the table states sizes. The margin keeps the result below the stated size there, too.
+    """
     return [
-        StructuredSparsity(regularizer="group_lasso", kinds=("head", "ffn"), start=0.0, module="model"),
-        FinalizeCompression(macs=size, at=1 / 3),
+        StructuredSparsity("group_lasso", ("head", "ffn"), importance="taylor", start=0.0, module="model"),
+        FinalizeCompression(macs=0.97 * size, at=0.2),
     ]
 
 
@@ -299,7 +305,7 @@ def train(run: Run, data_folder: str) -> dict[str, Any]:
     else:
         if not dense.weights.is_file():
             raise SystemExit(f"{run.name} starts from the dense weights: run `--method dense --seed {run.seed}` first.")
-        module = new_module(Distilled, lr=1e-4, weights=None if run.method == "small_dense" else dense.weights)
+        module = new_module(Distilled, lr=RATES[run.size], weights=None if run.method == "small_dense" else dense.weights)
         module.teacher = [RememberedTeacher(run.seed, data)]
         structures = encoder_structures(module.model)
         if run.method == "ours":
@@ -359,7 +365,7 @@ def queue(jobs: int, data_folder: str) -> None:
             code = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
         print(f"{run.name}: {'done' if code == 0 else f'failed, see {log.name}'}", flush=True)
 
-    compressed = [Run(method, seed, size) for size in (0.25, 0.125, 0.5) for method in METHODS for seed in SEEDS]
+    compressed = [Run(method, seed, size) for size in (0.125, 0.25, 0.5) for method in METHODS for seed in SEEDS]
     for runs in ([Run("dense", seed) for seed in SEEDS], compressed):
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(start, (run for run in runs if not run.result.is_file())))
