@@ -278,3 +278,47 @@ def test_a_module_that_cannot_be_run_alone_is_judged_by_the_whole_model() -> Non
     structures = trace_structures(model, (X,), kinds="ffn")
     proven = prove(model, structures.rebuilt(s for s in structures if s.units == 8), (X,))
     assert [s.tier for s in proven] == ["native"]
+
+
+def test_structures_that_go_alone_but_not_together_get_another_way() -> None:
+    class Quarrel(nn.Module):
+        """Each width may lose a unit, but not both."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 9), nn.Linear(9, 4)
+            self.first, self.second = 8, 9
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.b(self.a(x).view(-1, self.first))
+            x = self.d(self.c(x).view(-1, self.second))
+            return x if self.first + self.second >= 16 else 2 * x
+
+    model = Quarrel()
+    structures = trace_structures(model, (X,), kinds="ffn")
+    structures = structures.rebuilt(s for s in structures if s.units in (8, 9))
+    proven = prove(model, structures, (X,))
+    assert [(s.units, s.tier) for s in proven] == [(8, "native"), (9, "shim")]
+    assert (model.first, model.second) == (8, 9)
+
+
+def test_structures_that_never_fit_together_are_pinned() -> None:
+    class Feud(nn.Module):
+        """Each width may lose a unit, but not both, and a shim does not help the raw weights."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(6, 8))
+            self.c, self.d = nn.Parameter(torch.randn(9, 6)), nn.Parameter(torch.randn(4, 9))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x @ self.a.T @ self.b.T @ self.c.T @ self.d.T
+            return x if self.a.shape[0] + self.c.shape[0] >= 16 else 2 * x
+
+    model = Feud()
+    structures = trace_structures(model, (X,), kinds="ffn")
+    structures = structures.rebuilt(s for s in structures if s.units in (8, 9))
+    assert len(structures) == 2
+    proven = prove(model, structures, (X,))
+    assert [(s.units, s.tier) for s in proven] == [(8, "native")]
+    assert "it does not fit together with the other structures: the outputs differ by" in reasons(proven)
