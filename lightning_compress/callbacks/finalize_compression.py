@@ -14,21 +14,19 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from lightning_compress.budget import BudgetWarning, Metric, PerStructure, make_plan, select
 from lightning_compress.callbacks.checkpoint import before_load, take_shape
 from lightning_compress.callbacks.moments import FitLength, Moment
+from lightning_compress.callbacks.removal import check_finite, make_report
 from lightning_compress.callbacks.session import CompressionSession, log_progress, traced_module
-from lightning_compress.importance import Importance, TaylorAccumulator, unit_scores
+from lightning_compress.callbacks.sparsity_settings import check_count, check_importance
+from lightning_compress.importance import Importance, TaylorAccumulator, unit_norms, unit_scores
 from lightning_compress.plan import PruningPlan
 from lightning_compress.report import (
     CompressionReport,
-    Latency,
-    StructureCount,
     count_parameters,
     file_size,
-    measure_latency,
 )
 from lightning_compress.schedules import Shape, ramp
 from lightning_compress.structures import check_kinds
@@ -96,10 +94,9 @@ class FinalizeCompression(Callback):
     ) -> None:
         self.metric, self.fraction = _one_target(macs, params, units)
         self.moment = Moment(0.6 if at is None and at_epoch is None and at_step is None else at, at_epoch, at_step)
-        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-            raise ValueError(f"Expected rounds to be an integer of at least 1, but got {rounds!r}.")
-        if importance is not None and importance not in ("norm", "taylor") and not callable(importance):
-            raise ValueError(f"Expected importance to be 'norm', 'taylor' or a function, but got {importance!r}.")
+        check_count("rounds", rounds)
+        if importance is not None:
+            check_importance(importance)
         ramp(0.0, shape=schedule)  # an unknown schedule is refused now, not at the first round
         self.rounds = rounds
         self.schedule: Shape = schedule
@@ -249,7 +246,7 @@ class FinalizeCompression(Callback):
             self._done += 1
             due = True
         if due:
-            _check_finite(session, outputs, trainer.global_step)
+            check_finite(session, outputs, trainer.global_step)
             self._remove(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -326,22 +323,25 @@ class FinalizeCompression(Callback):
         session = self._joined()
         assert session.traced is not None and session.structures is not None
         if self.importance is None and session.sparsities:
-            return session.sparsities[0].scores()
-        if self.importance == "taylor":
-            if self._taylor is None:
-                raise ValueError(
-                    "Expected gradients before the removal for importance='taylor', but there was no optimizer step "
-                    "after the "
-                    "structures were discovered. Remove later, or use importance='norm'."
-                )
-            return self._taylor.scores()
-        return unit_scores(session.traced, session.structures, self.importance or "norm")
+            return session.sparsities[0].sparsifier.scores()
+        if self.importance != "taylor":
+            scores = unit_scores(session.traced, session.structures, self.importance or "norm")
+        elif self._taylor is not None:
+            scores = self._taylor.scores()
+        else:
+            raise ValueError(
+                "Expected gradients before the removal for importance='taylor', but there was no optimizer step after "
+                "the structures were discovered. Remove later, or use importance='norm'."
+            )
+        # a unit that has been driven to zero goes first, whatever it was worth when it was not
+        norms = unit_norms(session.traced, session.structures)
+        return {name: score.masked_fill(norms[name] == 0, 0.0) for name, score in scores.items()}
 
     def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         session = self._joined()
         assert session.traced is not None and session.example is not None and session.structures is not None
         for sparsity in session.sparsities:
-            sparsity.apply_pending()
+            sparsity.sparsifier.apply_pending()
         for prepare in session.before_removal:
             prepare()
         if session.version == 0:
@@ -365,47 +365,16 @@ class FinalizeCompression(Callback):
         self._errors.append(_error(done))
         log_progress(pl_module, session.progress())
         self._taylor = None
+        if self.finished and self.wants_report:
+            context = trainer.precision_plugin.forward_context()
+            self.report = make_report(
+                session, self._dense, self._before, max(self._errors), context, trainer.global_step
+            )
+            pl_module.print(str(self.report))
+            for logger in trainer.loggers:
+                logger.log_metrics(self.report.metrics(), step=trainer.global_step)
         if self.finished:
-            self.report = self._make_report(trainer, pl_module) if self.wants_report else None
             self._dense = None
-            if self.report is not None:
-                pl_module.print(str(self.report))
-                if trainer.logger is not None:
-                    for logger in trainer.loggers:
-                        logger.log_metrics(self.report.metrics(), step=trainer.global_step)
-
-    def _make_report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> CompressionReport:
-        session = self._joined()
-        dense, structures = session.dense, session.structures
-        assert dense is not None and structures is not None and session.traced is not None
-        assert session.example is not None and session.batch is not None
-        examples = session.example.size or 1
-        names = {s.name for s in dense}
-        part = dense.macs.restrict(names)
-        latency: dict[str, tuple[Latency, Latency]] = {}
-        if self._dense is not None:
-            calls = {f"batch of {c.size}" if c.size else "one call": c for c in (session.example, session.batch)}
-            for what, call in calls.items():
-                times = measure_latency(
-                    {"before": self._dense, "after": session.traced},
-                    call.args,
-                    call.kwargs,
-                    max_seconds=1.5,
-                    context=trainer.precision_plugin.forward_context(),
-                )
-                latency[what] = (times["before"], times["after"])
-        return CompressionReport(
-            params=(self._before[0], count_parameters(session.traced)),
-            macs=(dense.macs.evaluate(dense.counts) / examples, dense.macs.evaluate(structures.counts) / examples),
-            prunable_macs=(part.evaluate(dense.counts) / examples, part.evaluate(structures.counts) / examples),
-            bytes=(self._before[1], file_size(session.traced)),
-            structures=tuple(StructureCount(s.name, s.kind, s.units, structures.counts[s.name], s.tier) for s in dense),
-            error=max(self._errors),
-            latency=latency,
-            pinned=len(dense.pinned),
-            module=session.traced_name,
-            step=trainer.global_step,
-        )
 
 
 def _one_target(macs: float | None, params: float | None, units: float | None) -> tuple[Metric, float]:
@@ -426,25 +395,6 @@ def _one_target(macs: float | None, params: float | None, units: float | None) -
             f"{metric}=0.4."
         )
     return metric, float(fraction)
-
-
-def _check_finite(session: CompressionSession, outputs: Any, step: int) -> None:
-    """Raise ValueError if training has diverged: removing units from such a model would hide it."""
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-    for value in pytree.tree_leaves(loss):
-        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
-            raise ValueError(
-                f"Expected a finite loss when units are removed, but it is {float(value.float().mean())} after {step} "
-                f"optimizer "
-                "steps: training has diverged. Nothing was removed. Lower the learning rate or the strength."
-            )
-    for name, parameter in session.parameters().items():
-        if not bool(torch.isfinite(parameter.detach()).all()):
-            raise ValueError(
-                f"Expected finite weights when units are removed, but {name!r} holds NaN or infinity after {step} "
-                f"optimizer steps: "
-                "training has diverged. Nothing was removed. Lower the learning rate or the strength."
-            )
 
 
 def _error(report: SurgeryReport) -> float:

@@ -290,7 +290,7 @@ class CompressionSession:
         assert self.dense is not None and self.structures is not None
         alive = dict(self.structures.counts)
         for sparsity in self.sparsities:
-            for name, count in sparsity.alive().items():
+            for name, count in sparsity.sparsifier.alive().items():
                 alive[name] = min(alive[name], count)
         units = sum(self.dense.counts.values())
         return {"sparsity": 1.0 - sum(alive.values()) / units, "macs_kept": kept_fraction(self.dense, alive, "macs")}

@@ -325,7 +325,11 @@ class Binary(Classifier):
             r"to have one shape, but got \(8, 3\) and \(8, 4\)",
         ),
         (Classifier, [Distillation(teacher=MLP(), hidden=1.0, module="model")], None),
-        (Classifier, [Distillation(teacher=MLP()), Distillation(teacher=MLP())], "Use one Distillation in a Trainer"),
+        (
+            Classifier,
+            [Distillation(teacher=MLP()), Distillation(loss="mse", teacher=MLP())],
+            "Use one Distillation in a Trainer",
+        ),
     ],
     ids=["manual", "no teacher", "one class", "shapes", "no blocks", "two"],
 )

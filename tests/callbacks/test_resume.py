@@ -35,7 +35,9 @@ def callbacks(**options: Any) -> list[pl.Callback]:
     ]
 
 
-def run(*more: pl.Callback, resume: Path | None = None, reverse: bool = False, **options: Any) -> tuple[Classifier, Any]:
+def run(
+    *more: pl.Callback, resume: Path | None = None, reverse: bool = False, **options: Any
+) -> tuple[Classifier, Any]:
     torch.manual_seed(0)
     module = Classifier(Transformer())
     own = callbacks(**options)
@@ -85,7 +87,9 @@ def test_a_checkpoint_of_the_small_model_is_tested_with_a_dense_module(tmp_path:
         run(Crash(path, 5))
     module = WithTest(Transformer())
     for _ in range(2):  # the second time it is small already
-        trainer(*callbacks()).test(module, loader(sequences=True), ckpt_path=str(path), verbose=False, weights_only=False)
+        trainer(*callbacks()).test(
+            module, loader(sequences=True), ckpt_path=str(path), verbose=False, weights_only=False
+        )
         weights = torch.load(path, weights_only=False)["state_dict"]
         assert {n: p.shape for n, p in module.state_dict().items()} == {n: p.shape for n, p in weights.items()}
         assert "on_load_checkpoint" not in vars(module)

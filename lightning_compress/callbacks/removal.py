@@ -1,0 +1,92 @@
+"""Around a removal: whether the model is fit for it, and what has come out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_compress.callbacks.session import CompressionSession
+from lightning_compress.report import (
+    CompressionReport,
+    Latency,
+    StructureCount,
+    count_parameters,
+    file_size,
+    measure_latency,
+)
+
+LATENCY_SECONDS = 1.5  # for each of the two calls that are timed
+
+
+def check_finite(session: CompressionSession, outputs: Any, step: int) -> None:
+    """Raise ValueError if training has diverged: removing units from such a model would hide it.
+
+    Args:
+        session: the session of the fit.
+        outputs: what the training step returned.
+        step: optimizer steps taken so far.
+    """
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    for value in pytree.tree_leaves(loss):
+        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"Expected a finite loss when units are removed, but it is {float(value.float().mean())} after {step} "
+                "optimizer steps: training has diverged. Nothing was removed. Lower the learning rate or the strength."
+            )
+    for name, parameter in session.parameters().items():
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            raise ValueError(
+                f"Expected finite weights when units are removed, but {name!r} holds NaN or infinity after {step} "
+                "optimizer steps: training has diverged. Nothing was removed. Lower the learning rate or the strength."
+            )
+
+
+def make_report(
+    session: CompressionSession,
+    dense: nn.Module | None,
+    before: tuple[int, int],
+    error: float,
+    context: AbstractContextManager[Any],
+    step: int,
+) -> CompressionReport:
+    """The report of what has been removed in a fit so far.
+
+    Args:
+        session: the session of the fit.
+        dense: the model before the first removal, for its latency; None to leave latency out.
+        before: parameters and bytes of that model.
+        error: largest error of the removals.
+        context: context in which the Trainer runs a forward pass (autocast).
+        step: optimizer steps taken so far.
+    """
+    structures, original = session.structures, session.dense
+    assert original is not None and structures is not None and session.traced is not None
+    assert session.example is not None and session.batch is not None
+    examples = session.example.size or 1
+    macs = original.macs
+    part = macs.restrict({s.name for s in original})
+    latency: dict[str, tuple[Latency, Latency]] = {}
+    if dense is not None:
+        calls = {f"batch of {c.size}" if c.size else "one call": c for c in (session.example, session.batch)}
+        with context:
+            for what, call in calls.items():
+                models = {"before": dense, "after": session.traced}
+                times = measure_latency(models, call.args, call.kwargs, max_seconds=LATENCY_SECONDS)
+                latency[what] = (times["before"], times["after"])
+    return CompressionReport(
+        params=(before[0], count_parameters(session.traced)),
+        macs=(macs.evaluate(original.counts) / examples, macs.evaluate(structures.counts) / examples),
+        prunable_macs=(part.evaluate(original.counts) / examples, part.evaluate(structures.counts) / examples),
+        bytes=(before[1], file_size(session.traced)),
+        structures=tuple(StructureCount(s.name, s.kind, s.units, structures.counts[s.name], s.tier) for s in original),
+        error=error,
+        latency=latency,
+        pinned=len(original.pinned),
+        module=session.traced_name,
+        step=step,
+    )
