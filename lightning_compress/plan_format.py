@@ -32,8 +32,9 @@ VERSION = 1
 LARGEST_AXIS = 2**26
 LARGEST_RANK = 16
 
-# Attributes that an edit may set: plain names, possibly of the configuration object; never a double underscore.
-ATTRIBUTE = re.compile(r"(config\.)?(?!__)[A-Za-z_][A-Za-z0-9_]*")
+# Attributes that an edit may set: a plain name, possibly of an object that the module holds, possibly one item of a
+# list; never a double underscore.
+ATTRIBUTE = re.compile(r"((?!__)[A-Za-z_][A-Za-z0-9_]*\.)?(?!__)[A-Za-z_][A-Za-z0-9_]*(\[[0-9]{1,4}\])?")
 
 
 def encode_ranges(values: Sequence[int]) -> list[int | list[int]]:
@@ -272,7 +273,7 @@ def _edit(value: Any, path: str) -> Edit:
         value = _object(value, path, {"edit", "module", "attribute", "size"})
         attribute = _string(value["attribute"], f"{path}.attribute")
         if not ATTRIBUTE.fullmatch(attribute):
-            _refuse(f"{path}.attribute", 'an attribute name, possibly after "config."', attribute)
+            _refuse(f"{path}.attribute", 'an attribute name, possibly as "config.NAME" or "NAME[0]"', attribute)
         size = _polynomial(value["size"], f"{path}.size")
         return AttributeEdit(_string(value["module"], f"{path}.module"), attribute, size)
     if name == "shim":

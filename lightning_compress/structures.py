@@ -77,8 +77,8 @@ class AttributeEdit:
 
     Args:
         module: dotted path of the module that owns the attribute.
-        attribute: its name; "config.NAME" edits a copy of the module's configuration object that is private to the
-            module.
+        attribute: its name; "config.NAME" edits a copy of the module's configuration object (or any other plain object
+            that it holds) that is private to the module, "NAME[1]" an item of a list or tuple.
         size: the new value as a polynomial in the kept counts.
     """
 

@@ -548,7 +548,9 @@ EDITS = (*STRUCTURE, "edits")
             r"edits\[0\]\.edit to be one of \('attribute', 'shim', 'core'\), but got 'exec'",
         ),
         (at(*EDITS, 0, "attribute")("__class__"), r"edits\[0\]\.attribute to be an attribute name"),
-        (at(*EDITS, 0, "attribute")("a.b"), r"edits\[0\]\.attribute to be an attribute name"),
+        (at(*EDITS, 0, "attribute")("a.b.c"), r"edits\[0\]\.attribute to be an attribute name"),
+        (at(*EDITS, 0, "attribute")("a.__b"), r"edits\[0\]\.attribute to be an attribute name"),
+        (at(*EDITS, 0, "attribute")("a[-1]"), r"edits\[0\]\.attribute to be an attribute name"),
         (
             at(*EDITS, 0)({"edit": "shim", "module": "m", "side": "top", "dim": 0}),
             r"side to be one of \('output', 'input'\)",

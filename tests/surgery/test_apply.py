@@ -293,6 +293,7 @@ def test_heads_go_wherever_their_number_is_kept(place: str) -> None:
     assert error(model(SEQUENCE), zeroed(SEQUENCE)) < 1e-12
     other = SEQUENCE[:1, :3] * 2
     assert error(model(other), zeroed(other)) < 1e-12
+    assert PruningPlan.from_json(report.plan.to_json()) == report.plan
     (entry,) = report.structures
     found = " ".join(sorted(e.attribute for e in entry.edits if isinstance(e, AttributeEdit)))
     assert (entry.tier, found) == (("shim", "") if edited is None else ("native", edited))
