@@ -18,16 +18,12 @@ from torch.optim import Optimizer
 from lightning_compress.budget import BudgetWarning, Metric, PerStructure, make_plan, select
 from lightning_compress.callbacks.checkpoint import before_load, take_shape
 from lightning_compress.callbacks.moments import FitLength, Moment
-from lightning_compress.callbacks.removal import check_finite, make_report
+from lightning_compress.callbacks.removal import check_finite, check_single_process, make_report
 from lightning_compress.callbacks.session import CompressionSession, log_progress, traced_module
 from lightning_compress.callbacks.sparsity_settings import check_count, check_importance
 from lightning_compress.importance import Importance, TaylorAccumulator, unit_norms, unit_scores
 from lightning_compress.plan import PruningPlan
-from lightning_compress.report import (
-    CompressionReport,
-    count_parameters,
-    file_size,
-)
+from lightning_compress.report import CompressionReport, count_parameters, file_size
 from lightning_compress.schedules import Shape, ramp
 from lightning_compress.structures import check_kinds
 from lightning_compress.surgery import SurgeryReport, apply_plan
@@ -185,6 +181,7 @@ class FinalizeCompression(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the moment of the removal comes in this fit."""
         session = self._joined()
+        check_single_process(trainer, pl_module)
         session.watch(pl_module)
         self._length = FitLength.of(trainer)
         if self.skipped:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -21,6 +22,16 @@ from lightning_compress.report import (
 )
 
 LATENCY_SECONDS = 1.5  # for each of the two calls that are timed
+
+
+def check_single_process(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Raise ValueError if a strategy wraps the module: what wraps it has recorded the shapes of its parameters."""
+    if trainer.world_size > 1 or trainer.strategy.model is not pl_module:
+        raise ValueError(
+            f"Expected a Trainer of one process for FinalizeCompression, but got {type(trainer.strategy).__name__} with "
+            f"{trainer.world_size} process(es): a wrapped module cannot change its shapes during a fit. "
+            "Use Trainer(devices=1, strategy='auto') for the fit that compresses."
+        )
 
 
 def check_finite(session: CompressionSession, outputs: Any, step: int) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +20,7 @@ from lightning_compress import (
     discover,
     kept_fraction,
 )
+from lightning_compress.callbacks.removal import check_single_process
 from tests.callbacks.modules import MLP, Classifier, Transformer, fit, loader
 
 
@@ -363,6 +365,33 @@ def test_bad_fits_are_refused_at_their_start(
         fit(module, *callbacks, **options)
     assert len(module.losses) <= 1
     assert count_parameters(module) == size
+
+
+@pytest.mark.parametrize(("processes", "wrapped"), [(2, False), (1, True)])
+def test_a_wrapped_module_is_refused(processes: int, wrapped: bool) -> None:
+    module = Classifier()
+    strategy = SimpleNamespace(model=nn.Sequential(module) if wrapped else module)
+    with pytest.raises(
+        ValueError, match=r"Expected a Trainer of one process .* but got SimpleNamespace with [12] process"
+    ):
+        check_single_process(SimpleNamespace(world_size=processes, strategy=strategy), module)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("distil", [False, True])
+def test_a_module_that_is_compressed_itself(distil: bool) -> None:
+    class Itself(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    module, finalize = Itself(Transformer()), FinalizeCompression(macs=0.4)
+    more = [Distillation(hidden=0.1)] if distil else []
+    fit(module, StructuredSparsity(), finalize, *more, data=loader(sequences=True))
+    assert finalize.report is not None
+    assert finalize.report.params[1] == count_parameters(module)
+    assert "training_step" not in vars(module)
 
 
 def test_nothing_prunable_says_what_was_pinned_and_why() -> None:
