@@ -28,8 +28,8 @@ def check_single_process(trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
     """Raise ValueError if a strategy wraps the module: what wraps it has recorded the shapes of its parameters."""
     if trainer.world_size > 1 or trainer.strategy.model is not pl_module:
         raise ValueError(
-            f"Expected a Trainer of one process for FinalizeCompression, but got {type(trainer.strategy).__name__} with "
-            f"{trainer.world_size} process(es): a wrapped module cannot change its shapes during a fit. "
+            f"Expected a Trainer of one process for FinalizeCompression, but got {type(trainer.strategy).__name__} "
+            f"with {trainer.world_size} process(es): a wrapped module cannot change its shapes during a fit. "
             "Use Trainer(devices=1, strategy='auto') for the fit that compresses."
         )
 
