@@ -255,8 +255,8 @@ class Distilled(TextClassification):
 def compression(size: float) -> list[Callback]:
     """Sparsify from the first step, remove after a fifth of the fit.
 
-    The callbacks count MACs at the length of their example, the longest sentences of dev; heads weigh less there than at
-    the TOKENS at which the table states sizes. The margin keeps the result below the stated size there, too.
+    The callbacks count MACs at the length of their example, the longest sentences of dev; heads weigh less there than
+    at the TOKENS at which the table states sizes. The margin keeps the result below the stated size there, too.
     """
     return [
         StructuredSparsity("group_lasso", ("head", "ffn"), importance="taylor", start=0.0, module="model"),
@@ -305,7 +305,9 @@ def train(run: Run, data_folder: str) -> dict[str, Any]:
     else:
         if not dense.weights.is_file():
             raise SystemExit(f"{run.name} starts from the dense weights: run `--method dense --seed {run.seed}` first.")
-        module = new_module(Distilled, lr=RATES[run.size], weights=None if run.method == "small_dense" else dense.weights)
+        module = new_module(
+            Distilled, lr=RATES[run.size], weights=None if run.method == "small_dense" else dense.weights
+        )
         module.teacher = [RememberedTeacher(run.seed, data)]
         structures = encoder_structures(module.model)
         if run.method == "ours":
