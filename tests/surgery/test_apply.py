@@ -356,6 +356,28 @@ def test_gradual_removal_equals_removal_at_once(name: str) -> None:
         assert difference(at_once.run(once, *verify), in_rounds.run(gradual, *verify)) < 1e-12
 
 
+@pytest.mark.parametrize("first_kind", ["qk_dim", "head"])
+def test_kinds_can_go_one_after_the_other(first_kind: str) -> None:
+    """Heads go natively over an interface that the shim of the Q/K dims made, and the other way round."""
+    example = MODELS["packed attention"]
+    model, x = example.model().double(), example.args[0].double()
+    once = copy.deepcopy(model)
+    structures = discover(model, (x,), kinds=("head", "qk_dim"), prove=True)
+    assert {s.kind: s.tier for s in structures} == {"head": "native", "qk_dim": "shim"}
+    kept = {s.name: list(range(0, s.units, 2)) for s in structures}
+    whole = PruningPlan.of(model, structures, kept)
+    apply_plan(once, whole, verify=((x,), {}))
+    (first,) = (s.name for s in structures if s.kind == first_kind)
+    (second,) = (s.name for s in structures if s.kind != first_kind)
+    plan = PruningPlan.of(model, structures, {first: kept[first]})
+    apply_plan(model, plan, verify=((x,), {}))
+    then = PruningPlan.of(model, plan.shrunk(structures), {second: kept[second]})
+    report = apply_plan(model, then, verify=((x,), {}))
+    assert [s.tier for s in report.structures] == [s.tier for s in structures]
+    assert error(model(x), once(x)) < 1e-12
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), once.parameters(), strict=True))
+
+
 # Refusals
 
 
