@@ -423,6 +423,23 @@ def test_a_wrong_proof_is_found_out() -> None:
     assert model.heads == 2 and report.structures[0].edits
 
 
+def test_a_difference_that_only_the_true_weights_show_is_found() -> None:
+    def compute(m: Any, x: Tensor) -> Tensor:
+        h = m.a(x) * m.gain
+        return m.b(h / h.shape[-1] if float(m.gain) == 1.0 else h)  # perturbed weights take the other branch
+
+    model = Hostile(compute, gain=nn.Parameter(torch.ones(()))).double()
+    model.gain.requires_grad_(False)
+    table = torch.arange(8).unsqueeze(1)
+    pieces = (
+        *(Slice(name, 0, 8, table, "producer") for name in ("a.weight", "a.bias")),
+        Slice("b.weight", 1, 8, table, "consumer", True),
+    )
+    plan = PruningPlan.of(model, [Structure("ffn", "ffn", 8, pieces)], {"ffn": [0, 1, 2]})
+    verify = ((X.double(),), {})
+    refused(model, plan, "outputs differ by .* on the true weights. Nothing was changed", verify=verify)
+
+
 def test_a_later_failure_restores_an_earlier_success() -> None:
     """The optimizer is cut last; when that fails, tensors, attributes and shims go back."""
 
