@@ -17,8 +17,10 @@ Needs the extra `recipes`.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
+import warnings
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
@@ -307,6 +309,8 @@ def main(o: Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what Lightning notes about every Trainer
+    warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # Lightning 2.6 calls what torch has deprecated
     options = parser().parse_args()
     comparison = main(options)
     sys.exit(options.check and not all(comparison["kept"].values()))
