@@ -34,7 +34,7 @@ def norms(model: FeedForward) -> Tensor:
 
 @pytest.mark.parametrize("steps_left", [1, 5, 40])
 def test_the_strength_is_the_one_that_is_needed(steps_left: int) -> None:
-    model, own, steps = shrinkage()
+    model, own, _ = shrinkage()
     (key,) = set(own.rates.keys.values())
     protected = torch.tensor([False, True, False, False, True, False])
     before = norms(model)
@@ -51,7 +51,7 @@ def test_the_strength_is_the_one_that_is_needed(steps_left: int) -> None:
 
 
 def test_a_unit_that_was_zero_once_is_not_revived() -> None:
-    model, own, steps = shrinkage()
+    model, own, _ = shrinkage()
     (key,) = set(own.rates.keys.values())
     with torch.no_grad():
         model.up.weight[2] *= 1e-3
