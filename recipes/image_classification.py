@@ -3,7 +3,15 @@
     python recipes/image_classification.py            # `make demo`: scikit-learn's digits, from scratch
     python recipes/image_classification.py --check    # the same, with exit status 1 if a bound of `compare` is missed
 
-EXPECTED
+Expected, with seed 0 (another processor rounds differently, and another seed moves the accuracies by a few tenths):
+
+                               dense  compressed
+    test accuracy, %           98.52       97.96   0.56 points lost (seed 1: 98.33, 98.15)
+    MACs of an image, M        12.86        4.64   2.77x less
+    ms for a batch of 64                           about 2x less
+    error of the removal                   2e-16   float64, against the zeroed model
+
+Both fits together take about three minutes of one core.
 
 Other images: a folder with a sub-folder for each class (or with `train` and `test`, and those inside), or the hub;
 other models: any image classifier of transformers, by name or folder.
