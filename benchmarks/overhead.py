@@ -249,6 +249,7 @@ def main() -> None:
     if options.part:
         print(json.dumps(PARTS[options.part](options)))
         return
+    load = os.getloadavg()[0]  # above 0.5 or so something else runs, and only CPU seconds mean much
     parts: dict[str, Any] = {}
     for part in PARTS:  # each in a process of its own, so that its high-water mark is its own
         child = subprocess.run(
@@ -268,6 +269,7 @@ def main() -> None:
         "seed": options.seed,
         "threads": options.threads,
         "machine": machine(),
+        "load_average_before": round(load, 1),
         "versions": {name: version(name) for name in ("torch", "lightning", "transformers")},
         "model": f"BertForSequenceClassification, {options.layers} layers, width {options.width}, random weights",
         "batch": f"{options.batch} x {options.tokens} tokens",
