@@ -6,12 +6,13 @@
 Expected, with seed 0 (another processor rounds differently, and another seed moves the accuracies by a few tenths):
 
                                dense  compressed
-    test accuracy, %           98.52       97.96   0.56 points lost (seed 1: 98.33, 98.15)
-    MACs of an image, M        12.86        4.64   2.77x less
-    ms for a batch of 64                           about 2x less
-    error of the removal                   2e-16   float64, against the zeroed model
+    test accuracy, %           98.52       98.15   0.37 points lost
+    MACs of an image, M        12.86        4.13   3.12x less
+    ms for a batch of 64       12.73        5.98   2.13x less
+    error of the removal                   3e-16   float64, against the zeroed model
 
-Both fits together take about three minutes of one core.
+Both fits together take under three minutes on two cores. With the option --epochs 50 fine-tuning is too short to be sure of
+the accuracy: between 0.2 and 1.3 points were lost, depending on seed and number of threads.
 
 Other images: a folder with a sub-folder for each class (or with `train` and `test`, and those inside), or the hub;
 other models: any image classifier of transformers, by name or folder.
@@ -261,12 +262,12 @@ def parser() -> ArgumentParser:
     add("--heads", type=int, default=8, help="attention heads of each block")
     add("--patch", type=int, default=2, help="pixels from one patch to the next")
     add("--shift", type=int, default=1, help="training images move by up to so many pixels")
-    add("--epochs", type=int, default=50, help="epochs of each of the two fits")
+    add("--epochs", type=int, default=80, help="epochs of each of the two fits")
     add("--batch_size", type=int, default=32, help="images in a training batch")
     add("--lr", type=float, default=2e-3, help="highest learning rate")
     add("--regularizer", default="group_lasso", help="what drives heads and FFN units to zero")
     add("--importance", default="taylor", help="how heads and FFN units are ranked: 'taylor' or 'norm'")
-    add("--macs", type=float, default=0.36, help="kept fraction of the multiply-accumulates of the prunable part")
+    add("--macs", type=float, default=0.32, help="kept fraction of the multiply-accumulates of the prunable part")
     add("--start", type=float, default=0.1, help="fraction of the fit at which sparsifying begins")
     add("--at", type=float, default=0.4, help="fraction of the fit at which units are removed")
     add(
