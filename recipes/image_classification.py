@@ -11,8 +11,8 @@ Expected, with seed 0 (another processor rounds differently, and another seed mo
     ms for a batch of 64       12.73        5.98   2.13x less
     error of the removal                   3e-16   float64, against the zeroed model
 
-Both fits together take under three minutes on two cores. With the option --epochs 50 fine-tuning is too short to be sure of
-the accuracy: between 0.2 and 1.3 points were lost, depending on seed and number of threads.
+Both fits together take under three minutes on two cores. With --epochs 50 --macs 0.36, fine-tuning was too short to be
+sure of the accuracy: between 0.2 and 1.3 points were lost, depending on seed and number of threads.
 
 Other images: a folder with a sub-folder for each class (or with `train` and `test`, and those inside), or the hub;
 other models: any image classifier of transformers, by name or folder.
