@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.regularizers import group_norms
 from lightning_compress.structures import Slice, Structure, named_tensors
 
 Importance = Literal["norm", "taylor"] | Callable[[nn.Module, Structure], Tensor]
@@ -84,7 +85,9 @@ def unit_norms(model: nn.Module, structures: Iterable[Structure]) -> dict[str, T
                 continue
             key = (piece.parameter, piece.axis)
             if key not in squares:  # structures that share an axis (heads, V/O dims) share the pass over the weights
-                squares[key] = _position_squares(_tensor(tensors, structure, piece), piece.axis).double().cpu()
+                squares[key] = (
+                    group_norms(_tensor(tensors, structure, piece).detach(), piece.axis).double().cpu().square()
+                )
             total += squares[key][piece.indices].sum(1)
         norms[structure.name] = _check_finite(structure.name, total.sqrt())
     return norms
@@ -234,15 +237,6 @@ class TaylorAccumulator:
             s.name: next((_tensor(tensors, s, piece).device for piece in s.slices if piece.zero), torch.device("cpu"))
             for s in self.structures
         }
-
-
-def _position_squares(weight: Tensor, axis: int) -> Tensor:
-    """Sum of squares at each position of an axis, shape (size,); half precision is summed in float32."""
-    dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
-    dims = _other_dims(weight, axis)
-    if not dims:
-        return weight.detach().to(dtype).square()
-    return torch.linalg.vector_norm(weight.detach(), dim=dims, dtype=dtype).square()
 
 
 def _position_products(weight: Tensor, gradient: Tensor, piece: Slice) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_compress.discovery.tracer import evaluation
+
 
 @dataclass(frozen=True)
 class ExampleCall:
@@ -63,12 +65,6 @@ def smallest_example(module: nn.Module, call: ExampleCall, examples: int = 2) ->
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while, leaving training mode of every sub-module and the random state as they were."""
-    training = [(m, m.training) for m in module.modules()]
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(d.index or 0 for d in devices)):
-        module.eval()
-        try:
-            yield
-        finally:
-            for m, mode in training:
-                m.training = mode
+    with torch.random.fork_rng(devices=sorted(d.index or 0 for d in devices)), evaluation(module):
+        yield

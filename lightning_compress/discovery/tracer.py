@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_compress.discovery import axes
-from lightning_compress.discovery.axes import PLACE, Axis, AxisMismatch, find
+from lightning_compress.discovery.axes import PLACE, Axis, AxisMismatch
 from lightning_compress.discovery.rules import Call, NoRule, rule_for
 from lightning_compress.discovery.rules.registry import Dims
 
@@ -369,4 +369,4 @@ def trace(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] 
     return watched
 
 
-__all__ = ["Contraction", "Member", "Note", "Trace", "decomposed", "evaluation", "find", "output_tensors", "trace"]
+__all__ = ["Contraction", "Member", "Note", "Trace", "decomposed", "evaluation", "output_tensors", "trace"]
