@@ -22,7 +22,7 @@ from lightning_compress.regularizers import (
     trimmed_group_lasso_factors,
 )
 from lightning_compress.report import CompressionReport, count_parameters, file_size, measure_latency
-from lightning_compress.structures import KINDS, Slice, Structure, Structures
+from lightning_compress.structures import EXACT_KINDS, KINDS, Slice, Structure, Structures
 from lightning_compress.surgery import SurgeryError, SurgeryReport, apply_plan, zero_units
 from lightning_compress.unit_groups import UnitGroups
 
@@ -34,6 +34,7 @@ __version__ = "0.1.0"
 _CALLBACKS = ("Distillation", "FinalizeCompression", "StructuredSparsity")
 
 __all__ = [
+    "EXACT_KINDS",
     "KINDS",
     "BudgetWarning",
     "CompressionReport",

@@ -25,7 +25,7 @@ def discover(
         model: any module; it is left exactly as it was.
         args: positional arguments of one example call; one short example is enough.
         kwargs: keyword arguments of the call.
-        kinds: kinds of structures to look for, all of ``KINDS`` by default.
+        kinds: kinds of structures to look for, ``EXACT_KINDS`` by default; see ``KINDS`` for the others.
         prove: also remove a unit of each structure, compare the outputs in float64, and roll back. What cannot go is
             pinned with its reason; the others carry how they go (``tier`` and ``edits``).
 

@@ -29,7 +29,7 @@ class PruningPlan:
 
     Args:
         structures: the structures that lose units (a structure that keeps everything may be present too).
-        kept: structure name -> strictly increasing kept unit numbers, at least one for each structure.
+        kept: structure name -> strictly increasing kept unit numbers, at least ``floor`` of each structure.
         shapes: shape in the original model of every parameter and buffer that a structure touches.
 
     Raises:
@@ -322,8 +322,13 @@ def _unit_numbers(name: str, units: Iterable[int] | Tensor) -> tuple[int, ...]:
 
 def _check_kept(structure: Structure, kept: tuple[int, ...]) -> None:
     where = f"structure {structure.name!r}"
+    if len(kept) < structure.floor:
+        least = "one" if structure.floor == 1 else str(structure.floor)
+        raise ValueError(
+            f"Expected {where} to keep at least {least} of its {structure.units} units, but got {len(kept) or 'none'}."
+        )
     if not kept:
-        raise ValueError(f"Expected {where} to keep at least one of its {structure.units} units, but got none.")
+        return
     if any(b <= a for a, b in pairwise(kept)):
         raise ValueError(f"Expected kept units of {where} to be strictly increasing, but got {_short(kept)}.")
     if kept[0] < 0 or kept[-1] >= structure.units:

@@ -1,9 +1,9 @@
 """The JSON form of a pruning plan: what is written, and a reader that trusts nothing.
 
-    {"format": "lightning_compress.plan", "version": 1,
+    {"format": "lightning_compress.plan", "version": 2,
      "shapes": {"up.weight": [64, 16], ...},
      "structures": [{"name": ..., "kind": ..., "units": ..., "tier": ..., "kept": [[0, 40], 43, [50, 64, 2]],
-                     "sizes": [...], "slices": [...], "edits": [...]}, ...]}
+                     "sizes": [...], "slices": [...], "edits": [...], "floor": 1, "norms": [], "members": []}, ...]}
 
 Integer sequences are lists of *ranges*: an integer is itself, ``[start, stop]`` and ``[start, stop, step]`` are those
 of Python's ``range``. A table of positions is ``{"stride": s, "pattern": ranges}`` where unit u owns u * s + pattern
@@ -23,10 +23,21 @@ import torch
 from torch import Tensor
 
 from lightning_compress.polynomials import Polynomial
-from lightning_compress.structures import KINDS, AttributeEdit, CoreEdit, Edit, Role, ShimEdit, Slice, Structure, Tier
+from lightning_compress.structures import (
+    KINDS,
+    AttributeEdit,
+    CoreEdit,
+    Edit,
+    Normalisation,
+    Role,
+    ShimEdit,
+    Slice,
+    Structure,
+    Tier,
+)
 
 NAME = "lightning_compress.plan"
-VERSION = 1
+VERSION = 2
 
 # A file may be hostile: no axis longer than this is read, so that a short file cannot ask for boundless memory.
 LARGEST_AXIS = 2**26
@@ -103,6 +114,9 @@ def encode_structure(structure: Structure, kept: Sequence[int]) -> dict[str, Any
             for s in structure.slices
         ],
         "edits": [encode_edit(edit) for edit in structure.edits],
+        "floor": structure.floor,
+        "norms": [[norm.module, norm.dim] for norm in structure.norms],
+        "members": list(structure.members),
     }
 
 
@@ -286,6 +300,12 @@ def _edit(value: Any, path: str) -> Edit:
     return CoreEdit(_string(value["module"], f"{path}.module"), axis)  # type: ignore[arg-type]
 
 
+def _norm(value: Any, path: str) -> Normalisation:
+    if not isinstance(value, list) or len(value) != 2:
+        _refuse(path, "a list [module, dimension]", value)
+    return Normalisation(_string(value[0], f"{path}[0]"), _integer(value[1], f"{path}[1]", -LARGEST_RANK, -1))
+
+
 def _slice(value: Any, path: str, units: int) -> Slice:
     value = _object(value, path, {"parameter", "axis", "size", "role", "zero", "indices"})
     size = _integer(value["size"], f"{path}.size", 1, LARGEST_AXIS)
@@ -302,7 +322,8 @@ def _slice(value: Any, path: str, units: int) -> Slice:
 
 
 def _structure(value: Any, path: str) -> tuple[Structure, tuple[int, ...]]:
-    value = _object(value, path, {"name", "kind", "units", "tier", "kept", "sizes", "slices", "edits"})
+    keys = {"name", "kind", "units", "tier", "kept", "sizes", "slices", "edits", "floor", "norms", "members"}
+    value = _object(value, path, keys)
     units = _integer(value["units"], f"{path}.units", 1, LARGEST_AXIS)
     tier = value["tier"]
     if tier is not None:
@@ -315,5 +336,10 @@ def _structure(value: Any, path: str) -> tuple[Structure, tuple[int, ...]]:
         sizes=tuple(_polynomial(item, where) for where, item in _items(value, path, "sizes")),
         tier=tier,
         edits=tuple(_edit(item, where) for where, item in _items(value, path, "edits")),
+        floor=_integer(value["floor"], f"{path}.floor", 0, units),
+        norms=tuple(_norm(item, where) for where, item in _items(value, path, "norms")),
+        members=tuple(_string(item, where) for where, item in _items(value, path, "members")),
     )
+    if structure.members and len(structure.members) != units:
+        _refuse(f"{path}.members", f"a list of {units} module paths, one per unit", value["members"])
     return structure, tuple(decode_ranges(value["kept"], f"{path}.kept", units, units))

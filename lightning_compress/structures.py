@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from lightning_compress.polynomials import Polynomial
 
-KINDS = ("head", "qk_dim", "vo_dim", "ffn", "channel")
+# Kinds whose units are silent once the weights that read (or make) them are zero, and those that need more than that:
+# statistics that leave the unit out, a layer passed by, a router that may not choose, ids that never come.
+EXACT_KINDS = ("head", "qk_dim", "vo_dim", "ffn", "channel")
+KINDS = (*EXACT_KINDS, "hidden", "layer", "expert", "vocab")
 
 Role = Literal["producer", "consumer", "companion"]
 Tier = Literal["native", "shim"]
@@ -119,6 +122,19 @@ Edit = AttributeEdit | ShimEdit | CoreEdit
 
 
 @dataclass(frozen=True)
+class Normalisation:
+    """A module that takes statistics over the units of a structure: a unit is silent only where they leave it out.
+
+    Args:
+        module: its dotted path.
+        dim: dimension of its input and output that carries the units, negative.
+    """
+
+    module: str
+    dim: int
+
+
+@dataclass(frozen=True)
 class Structure:
     """A family of ``units`` interchangeable units, and every slice in which they live.
 
@@ -133,6 +149,9 @@ class Structure:
         tier: how removal was proven to work: "native" (weights sliced, attributes repaired) or "shim" (a gather or
             scatter keeps the original width between the sliced weights); None before it is proven.
         edits: what removal changes besides tensors, found by the proof and replayed by surgery.
+        floor: fewest units that can stay; 0 only where a unit is a whole layer.
+        norms: modules that take statistics over the units.
+        members: where a unit is a module rather than a set of positions (a layer, an expert): its path, per unit.
     """
 
     name: str
@@ -142,6 +161,9 @@ class Structure:
     sizes: tuple[Polynomial, ...] = ()
     tier: Tier | None = None
     edits: tuple[Edit, ...] = ()
+    floor: int = 1
+    norms: tuple[Normalisation, ...] = ()
+    members: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -490,8 +490,8 @@ EDITS = (*STRUCTURE, "edits")
     ("change", "message"),
     [
         (at("format")("pickle"), r"format to be 'lightning_compress\.plan', but got 'pickle'"),
-        (at("version")(2), r"version to be 1 \(newer plans .*but got 2"),
-        (at("version")(True), "version to be 1 .*but got True"),
+        (at("version")(3), r"version to be 2 \(newer plans .*but got 3"),
+        (at("version")(True), "version to be 2 .*but got True"),
         (at("surprise")(1), r"plan to have the keys .*\[\] are missing and \['surprise'\] are unknown"),
         (at("shapes")([]), "shapes to be an object from parameter name to shape"),
         (at("shapes", "up.bias")(4), r"shapes\['up\.bias'\] to be a list, but got 4"),
@@ -560,6 +560,10 @@ EDITS = (*STRUCTURE, "edits")
             r"edits\[0\]\.dim to be an integer",
         ),
         (at(*EDITS, 0)({"edit": "core", "module": "m", "axis": "x"}), r"edits\[0\]\.axis to be one of \('heads', "),
+        (at("structures", 0, "floor")(9), r"structures\[0\]\.floor to be an integer from 0 to"),
+        (at("structures", 0, "norms")([["norm"]]), r"norms\[0\] to be a list \[module, dimension\]"),
+        (at("structures", 0, "norms")([["norm", 1]]), r"norms\[0\]\[1\] to be an integer"),
+        (at("structures", 0, "members")(["layer"]), r"members to be a list of \d+ module paths, one per unit"),
     ],
 )
 def test_a_malformed_plan_is_refused_with_its_key_path(change: Callable[[Any], None], message: str) -> None:

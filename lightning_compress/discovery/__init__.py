@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_compress.discovery.assemble import assemble
 from lightning_compress.discovery.tracer import trace
-from lightning_compress.structures import KINDS, Structures, check_kinds
+from lightning_compress.structures import EXACT_KINDS, Structures, check_kinds
 
 
 def trace_structures(
@@ -29,12 +29,12 @@ def trace_structures(
         model: any module; it is left exactly as it was.
         args: positional arguments of the call; one short example is enough.
         kwargs: keyword arguments of the call.
-        kinds: kinds of structures to return, all of ``KINDS`` by default.
+        kinds: kinds of structures to return, ``EXACT_KINDS`` by default.
 
     Raises:
         ValueError: for an unknown kind.
     """
-    chosen = KINDS if kinds is None else check_kinds(kinds)
+    chosen = EXACT_KINDS if kinds is None else check_kinds(kinds)
     return assemble(trace(model, args, kwargs), chosen)
 
 

@@ -17,6 +17,7 @@ from lightning_compress.surgery.errors import SurgeryError
 from lightning_compress.surgery.guards import check_plain, check_sharing, check_weights
 from lightning_compress.surgery.optimizer_state import check_optimizers, cut_state
 from lightning_compress.surgery.precision import DoubleWeights, zero_positions
+from lightning_compress.surgery.silence import silence
 from lightning_compress.surgery.transaction import Transaction
 from lightning_compress.surgery.verify import Mismatch, Outputs, Rehearsal, difference
 from lightning_compress.surgery.workbench import Workbench
@@ -198,7 +199,8 @@ def _zeroed_outputs(
 ) -> Outputs:
     with DoubleWeights(model), Rehearsal(model) as rehearsal:
         zero_positions(named_tensors(model), zeroed_axes(removals))
-        return rehearsal.reference(args, kwargs)
+        with silence(dict(model.named_modules()), removals):
+            return rehearsal.reference(args, kwargs)
 
 
 def _final_error(

@@ -11,7 +11,7 @@ was found is confirmed on the whole model, all structures together.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from lightning_compress.surgery.attributes import (
 )
 from lightning_compress.surgery.edits import Removal, faced_side, install, shim_dim, zeroed_axes
 from lightning_compress.surgery.precision import add_tiled, to_double, zero_positions
+from lightning_compress.surgery.silence import silence
 from lightning_compress.surgery.transaction import Transaction
 from lightning_compress.surgery.verify import Mismatch, Outputs, Rehearsal, difference, flatten
 from lightning_compress.surgery.ways import Found, edited, frozen_shims, harmonised, without_companions
@@ -88,7 +89,8 @@ class Workbench:
         self._trusted: dict[str, bool] = {}
 
         zero_positions(self.tensors, zeroed_axes(removals))
-        self.reference = self._watched_run({anchor(r.structure) for r in removals if r.structure.tier is None})
+        with silence(self.modules, removals):
+            self.reference = self._watched_run({anchor(r.structure) for r in removals if r.structure.tier is None})
 
     # Runs
 
@@ -116,12 +118,16 @@ class Workbench:
             for handle in handles:
                 handle.remove()
 
-    def _compare(self, path: str) -> float:
-        """Error of the model as it is now at the anchor ``path``, "" for the whole model."""
-        if not path:
-            return difference(self.reference, self._rehearsal.run(self.model, self._args, self._kwargs))
-        call = self._calls[path]
-        return difference(call.outputs, self._rehearsal.run(self.modules[path], call.args, call.kwargs))
+    def _compare(self, path: str, gone: Collection[str] = ()) -> float:
+        """Error of the model as it is now at the anchor ``path``, "" for the whole model.
+
+        What is to go is silent, except for the structures ``gone``, which are no longer there.
+        """
+        with silence(self.modules, (r for name, r in self.removals.items() if name not in gone)):
+            if not path:
+                return difference(self.reference, self._rehearsal.run(self.model, self._args, self._kwargs))
+            call = self._calls[path]
+            return difference(call.outputs, self._rehearsal.run(self.modules[path], call.args, call.kwargs))
 
     def _place_to_try(self, structure: Structure) -> str:
         """The anchor of ``structure`` if it can be run alone, else the whole model."""
@@ -142,7 +148,7 @@ class Workbench:
         transaction = Transaction(self._touched(removals))
         try:
             install(self.modules, removals, self.tensors, bystanders, gradients=False)
-            return self._compare(path)
+            return self._compare(path, names)
         finally:
             transaction.rollback()
 
