@@ -80,10 +80,43 @@ class DoublePrecision(TorchDispatchMode):
                 return type(value)(raised(item) for item in value)
             return value
 
-        result = func(*(raised(value) for value in args), **{key: raised(value) for key, value in kwargs.items()})
+        arguments = [raised(value) for value in args]
+        if func is torch.ops.aten._grouped_mm.default and arguments[0].dtype == torch.float64:
+            return grouped_matmul(*arguments, **{key: raised(value) for key, value in kwargs.items()})
+        result = func(*arguments, **{key: raised(value) for key, value in kwargs.items()})
         if not count and isinstance(result, Tensor) and result.dtype in DOUBLE:
             return result.to(DOUBLE[result.dtype])
         return result
+
+
+def grouped_matmul(left: Tensor, right: Tensor, offs: Tensor | None = None, *_: object, **__: object) -> Tensor:
+    """A product of matrices in groups, in any precision; torch's kernel knows half and single precision only.
+
+        (rows, k) x (groups, k, n) -> (rows, n)         rows offs[g - 1] : offs[g] by matrix g
+        (groups, m, k) x (k, columns) -> (m, columns)   columns offs[g - 1] : offs[g] by matrix g
+        (m, k) x (k, n) -> (groups, m, n)               k offs[g - 1] : offs[g] makes matrix g
+        (groups, m, k) x (groups, k, n) -> (groups, m, n)
+
+    Args:
+        left: left factor.
+        right: right factor.
+        offs: int32 tensor of shape (groups,), where each group ends.
+    """
+    if offs is None:
+        return left @ right
+    stops = offs.tolist()
+    spans = list(zip([0, *stops[:-1]], stops, strict=True))
+    if left.dim() == 2 and right.dim() == 2:
+        return torch.stack([left[:, a:b] @ right[a:b] for a, b in spans])
+    if left.dim() == 2:
+        result = left.new_zeros(left.shape[0], right.shape[2])
+        for group, (a, b) in enumerate(spans):
+            result[a:b] = left[a:b] @ right[group]
+        return result
+    result = left.new_zeros(left.shape[1], right.shape[1])
+    for group, (a, b) in enumerate(spans):
+        result[:, a:b] = left[group] @ right[:, a:b]
+    return result
 
 
 class DoubleWeights:

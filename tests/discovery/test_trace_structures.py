@@ -237,6 +237,28 @@ FREE = {
 }
 
 
+class Experts(nn.Module):
+    """Rows sorted by their expert, then one grouped product per layer of all experts."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, 2 * width, 16)), nn.Parameter(torch.randn(3, 16, width))
+
+    def forward(self, x):
+        offs = torch.tensor([2, 3, 6], dtype=torch.int32)
+        a, b = F.grouped_mm(x, self.up.mT, offs=offs).chunk(2, -1)
+        return F.grouped_mm(F.silu(a) * b, self.down.mT, offs=offs)
+
+
+@pytest.mark.parametrize(("width", "units", "positions"), [(24, 6, 4), (64, 8, 8)])
+def test_experts_lose_whole_lines_of_memory(width, units, positions):
+    """The kernel of a grouped product takes no other widths."""
+    model = nn.Sequential(nn.Linear(5, 16), Experts(width), nn.Linear(16, 7))
+    (structure,) = (s for s in trace_structures(model, (torch.randn(6, 5),)) if s.parameters == ("1.up", "1.down"))
+    assert structure.units == units
+    assert [tuple(piece.indices.shape) for piece in structure.slices] == [(units, 2 * positions), (units, positions)]
+
+
 @pytest.mark.parametrize("name", FREE)
 def test_free_in(name):
     model, x, expected = FREE[name]

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_compress.surgery.precision import DoublePrecision, DoubleWeights, to_double, zero_positions
@@ -42,6 +43,21 @@ def test_casts_lose_nothing() -> None:
     with DoublePrecision():
         assert torch.equal(x.half().float().bfloat16(), x)
     assert not torch.equal(x.half().double(), x)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "grouped"),
+    [((10, 8), (3, 8, 4), True), ((3, 8, 4), (4, 12), True), ((8, 12), (12, 4), True), ((3, 8, 4), (3, 4, 8), False)],
+)
+def test_grouped_products_work_in_float64(left, right, grouped) -> None:  # type: ignore[no-untyped-def]
+    """Torch's own kernel takes no float64."""
+    a, b = torch.randn(left), torch.randn(right)
+    offs = torch.tensor([4, 4, 8 if left == (10, 8) else 12], dtype=torch.int32) if grouped else None
+    expected = F.grouped_mm(a, b, offs=offs)
+    with DoublePrecision():
+        result = F.grouped_mm(a.double(), b.double(), offs=offs)
+    rows = 8 if left == (10, 8) else None  # rows beyond the last group are undefined
+    assert result.dtype == torch.float64 and torch.allclose(result.float()[:rows], expected[:rows], atol=1e-5)
 
 
 def test_integers_and_booleans_are_left_alone() -> None:

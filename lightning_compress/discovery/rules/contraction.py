@@ -75,6 +75,43 @@ def matmul(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     return [result]
 
 
+@rule("_grouped_mm")
+def grouped_matmul(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
+    """Rows in consecutive groups, each with a matrix of its own: (rows, k) x (groups, k, n) -> (rows, n).
+
+    The kernel reads lines of 16 bytes, so that what is contracted, and what will be when gradients flow back, can only
+    go in blocks of that size.
+    """
+    left, right = call.inputs[:2]
+    if left.dim() != 2 or right.dim() != 3:
+        raise NoRule
+    (rows, k), (groups, k_right, n) = trace.dims(left), trace.dims(right)
+    axes.pin(groups, "it counts matrices of a grouped product")
+    axes.unify(k, k_right)
+    for axis in (k if k is not None else k_right, n):
+        _in_blocks(axis, 16 // right.element_size())
+    result = contract(trace, left, right, [rows, k], [k_right, n])
+    bias = call.named.get("bias")
+    if isinstance(bias, Tensor):
+        axes.unify(trace.dims(bias)[-1], n)
+        trace.note(bias, n, "producer")
+    return [result]
+
+
+def _in_blocks(axis: Axis | None, block: int) -> None:
+    """Positions of a free axis go in neighbouring blocks, of 16 bytes in half precision where the axis is long."""
+    if axis is None or all(atom.reasons for atom in axes.atoms(axis)):
+        return
+    if axis.size % 8 == 0 and axis.size >= 64:
+        block = max(block, 8)
+    if axis.size % block:
+        axes.pin(axis, f"its size is no multiple of {block}, which a grouped product needs")
+    elif axis.size > block:
+        axes.pin(axes.split(axis, [axis.size // block, block])[1], "a grouped product needs whole lines of memory")
+    else:
+        axes.pin(axis, "a grouped product needs whole lines of memory")
+
+
 @rule("convolution", "_convolution", "mkldnn_convolution", "convolution_overrideable", "cudnn_convolution")
 def convolution(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     """Convolutions of one to three dimensions: plain, grouped, depthwise and transposed."""
