@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.discovery.valueless import lacking_values
 from lightning_compress.regularizers import group_norms
 from lightning_compress.structures import Slice, Structure, named_tensors
 
@@ -50,10 +51,17 @@ def unit_scores(
         structure name -> scores of shape (units,), on the CPU in float64.
 
     Raises:
-        ValueError: for an unknown importance, a parameter that the model lacks or that has another size, a structure
-            without gradients, scores of a wrong shape, or scores that are negative or not finite.
+        ValueError: for an unknown importance, a model without values, a parameter that the model lacks or that has
+            another size, a structure without gradients, scores of a wrong shape, or scores that are negative or not
+            finite.
     """
     structures = tuple(structures)
+    lacking = lacking_values(model)
+    if lacking and importance in ("norm", "taylor"):
+        raise ValueError(
+            f"Expected weights with values to score units by {importance!r}, but {lacking[0]!r} has none (meta device "
+            f"or FakeTensorMode). Pass scores of your own: make_plan(..., scores={{name: tensor of shape (units,)}})."
+        )
     if callable(importance):
         return {s.name: _check_scores(s, importance(model, s)) for s in structures}
     if importance == "norm":

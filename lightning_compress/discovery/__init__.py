@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_compress.discovery.assemble import assemble
 from lightning_compress.discovery.tracer import trace
+from lightning_compress.discovery.valueless import real_tensors
 from lightning_compress.structures import EXACT_KINDS, Structures, check_kinds
 
 
@@ -26,7 +27,7 @@ def trace_structures(
     """Structures of ``model``, found by running ``model(*args, **kwargs)`` once in evaluation mode.
 
     Args:
-        model: any module; it is left exactly as it was.
+        model: any module; it is left exactly as it was. Its weights may lack values (meta device, FakeTensorMode).
         args: positional arguments of the call; one short example is enough.
         kwargs: keyword arguments of the call.
         kinds: kinds of structures to return, ``EXACT_KINDS`` by default.
@@ -35,7 +36,9 @@ def trace_structures(
         ValueError: for an unknown kind.
     """
     chosen = EXACT_KINDS if kinds is None else check_kinds(kinds)
-    return assemble(trace(model, args, kwargs), chosen)
+    watched = trace(model, args, kwargs)
+    with real_tensors():
+        return assemble(watched, chosen)
 
 
 __all__ = ["trace_structures"]

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_compress.discovery import axes
 from lightning_compress.discovery.axes import PLACE, Axis, AxisMismatch
 from lightning_compress.discovery.rules import Call, NoRule, rule_for
 from lightning_compress.discovery.rules.registry import Dims
+from lightning_compress.discovery.valueless import StandIns, storage_key, without_values
 
 # An input that is not a tensor of the model: its axes belong to the caller.
 INPUT = "it is a dimension of the model's input"
@@ -71,8 +73,9 @@ class Trace(TorchDispatchMode):
         unknown: operations without a rule -> modules where they happened.
     """
 
-    def __init__(self, model: nn.Module, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor], stand_ins: StandIns | None = None) -> None:
         super().__init__()
+        self._stand_ins = stand_ins
         self.members: dict[str, Member] = {}
         self.notes: list[Note] = []
         self.contractions: list[Contraction] = []
@@ -101,7 +104,7 @@ class Trace(TorchDispatchMode):
             self._dims[tensor] = list(dims)
             self._sources[tensor] = frozenset([name])
             if tensor.numel():
-                self._storages[(tensor.untyped_storage().data_ptr(), tuple(tensor.shape))] = member
+                self._storages[(storage_key(tensor), tuple(tensor.shape))] = member
         for tensor in inputs:
             self._dims[tensor] = self.pinned(tensor, INPUT)
             self._active[tensor] = True
@@ -113,11 +116,7 @@ class Trace(TorchDispatchMode):
         known = self._dims.get(tensor)
         if known is None:
             # ``.data`` of a parameter is a new tensor on its storage that no operation announces.
-            member = (
-                self._storages.get((tensor.untyped_storage().data_ptr(), tuple(tensor.shape)))
-                if tensor.numel()
-                else None
-            )
+            member = self._storages.get((storage_key(tensor), tuple(tensor.shape))) if tensor.numel() else None
             if member is not None and tensor.is_contiguous():
                 known = list(member.dims)
                 self._sources[tensor] = frozenset([member.name])
@@ -205,7 +204,12 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        call = Call(func, args, kwargs, func(*args, **kwargs))
+        if func.namespace == "prim":  # asks a stand-in what it is (its device), computes nothing
+            return func(*args, **kwargs)
+        if self._stand_ins is None:
+            call = Call(func, args, kwargs, func(*args, **kwargs))
+        else:
+            call = Call(func, *self._stand_ins.run(func, args, kwargs))
         where = f" in {self.modules[-1]}" if self.modules and self.modules[-1] else ""
         token = PLACE.set(f" ({call.name}{where})")
         try:
@@ -354,9 +358,20 @@ def module_paths(model: nn.Module, stack: list[str]) -> Iterator[None]:
 
 
 def trace(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Trace:
-    """Run ``model(*args, **kwargs)`` once in evaluation mode and return what was seen; the model is left as it was."""
+    """Run ``model(*args, **kwargs)`` once in evaluation mode and return what was seen; the model is left as it was.
+
+    Weights and inputs may lack values (meta device, FakeTensorMode); see ``valueless``.
+    """
     kwargs = dict(kwargs or {})
-    watched = Trace(model, list(output_tensors((args, kwargs))))
+    inputs = list(output_tensors((args, kwargs)))
+    with without_values(model, inputs) as stand_ins:
+        if stand_ins is None:
+            return _trace(Trace(model, inputs), model, args, kwargs)
+        args, kwargs = tree_map(stand_ins.of, (args, kwargs))
+        return _trace(Trace(model, [stand_ins.of(t) for t in inputs], stand_ins), model, args, kwargs)
+
+
+def _trace(watched: Trace, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Trace:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)), evaluation(model), module_paths(model, watched.modules):

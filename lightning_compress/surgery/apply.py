@@ -14,7 +14,7 @@ from lightning_compress.plan import PruningPlan
 from lightning_compress.structures import Edit, Structure, Tier, named_tensors
 from lightning_compress.surgery.edits import Removal, install, kept_axes, once, zeroed_axes
 from lightning_compress.surgery.errors import SurgeryError
-from lightning_compress.surgery.guards import check_plain, check_sharing, check_weights
+from lightning_compress.surgery.guards import check_plain, check_sharing, check_values, check_weights
 from lightning_compress.surgery.optimizer_state import check_optimizers, cut_state
 from lightning_compress.surgery.precision import DoubleWeights, zero_positions
 from lightning_compress.surgery.silence import silence
@@ -109,7 +109,7 @@ def apply_plan(
         optimizers: every optimizer that holds parameters of the model.
         verify: ``(args, kwargs)`` of an example call of ``model``. None is allowed if every structure of the plan
             carries its tier, as in the plan of an earlier report or after ``prove``: the edits are then replayed
-            without a check.
+            without a check, also on a model on the meta device.
         tolerance: largest error that counts as equal.
 
     Returns:
@@ -133,6 +133,8 @@ def apply_plan(
             f"Expected verify=(args, kwargs), an example call of the model, because no way to remove {unproven[0]!r} "
             f"is known yet ({len(unproven)} structures like it), but got None."
         )
+    if verify is not None:
+        check_values(model, "verification")
     tensors = named_tensors(model)
     before = _count(model)
     kept = once(kept_axes(removals), tensors)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.discovery.valueless import has_values, lacking_values, storage_key
 from lightning_compress.surgery.errors import SurgeryError
 from lightning_compress.surgery.slicing import AxisPositions, owners_of
 
@@ -43,6 +44,17 @@ def check_plain(model: nn.Module) -> None:
             )
 
 
+def check_values(model: nn.Module, purpose: str) -> None:
+    """Raise SurgeryError where weights have no values: outputs are compared by running the model."""
+    lacking = lacking_values(model)
+    if lacking:
+        raise SurgeryError(
+            f"Expected weights with values for {purpose}, but {lacking[0]!r} has none (meta device or FakeTensorMode), "
+            f"nor have {len(lacking) - 1} others. Discovery, explain and make_plan(scores=...) work without; verify "
+            "once the weights are loaded: discover(..., prove=True) or apply_plan(..., verify=(args, kwargs))."
+        )
+
+
 def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], kept: Mapping[str, AxisPositions]) -> None:
     """Raise SurgeryError for a tensor of the plan that is not finite or that is computed from other parameters."""
     for path, module in owners_of(dict(model.named_modules()), (tensors[name] for name in kept)):
@@ -65,7 +77,7 @@ def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], kept: Mapping
                 f"Expected {name!r} to be an ordinary dense tensor, but got {type(tensor.data).__name__} (sharded or "
                 "quantized). Remove units before sharding and quantization."
             )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and has_values(tensor) and not bool(torch.isfinite(tensor).all()):
             raise SurgeryError(
                 f"Expected finite weights, but {name!r} holds NaN or infinity. Nothing was removed; look for the step "
                 "at which training diverged (a lower learning rate, gradient clipping)."
@@ -77,12 +89,12 @@ def check_sharing(tensors: Mapping[str, Tensor], kept: Iterable[str]) -> None:
     storages: dict[int, list[tuple[str, Tensor]]] = {}
     for name, tensor in tensors.items():
         if tensor.numel():
-            storages.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
+            storages.setdefault(storage_key(tensor), []).append((name, tensor))
     for name in kept:
         tensor = tensors[name]
         if not tensor.numel():
             continue
-        for other, sharer in storages[tensor.untyped_storage().data_ptr()]:
+        for other, sharer in storages[storage_key(tensor)]:
             if sharer is not tensor and _overlap(tensor, sharer):
                 raise SurgeryError(
                     f"Expected {name!r} to share memory with no other tensor, but {other!r} is another view of the "

@@ -13,7 +13,7 @@ from lightning_compress.structures import Pinned, Structure, Structures, named_t
 from lightning_compress.surgery.apply import TOLERANCE
 from lightning_compress.surgery.edits import Removal, kept_axes, once
 from lightning_compress.surgery.errors import SurgeryError
-from lightning_compress.surgery.guards import check_plain, check_sharing, check_weights
+from lightning_compress.surgery.guards import check_plain, check_sharing, check_values, check_weights
 from lightning_compress.surgery.precision import DoubleWeights
 from lightning_compress.surgery.transaction import Transaction
 from lightning_compress.surgery.verify import Rehearsal
@@ -46,10 +46,11 @@ def prove(
         with the reasons.
 
     Raises:
-        SurgeryError: if the model is wrapped, or its outputs say nothing (no tensor, or NaN).
+        SurgeryError: if the model is wrapped or has no weights (meta), or its outputs say nothing (no tensor, or NaN).
         ValueError: if the structures are those of another model.
     """
     check_plain(model)
+    check_values(model, "the proof of a removal")
     pinned: list[Pinned] = list(structures.pinned)
     removals = []
     tensors = named_tensors(model)

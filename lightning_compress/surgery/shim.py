@@ -148,5 +148,6 @@ def place_shim(
         hooks: dict[int, Any] = module._forward_hooks if edit.side == "output" else module._forward_pre_hooks
         key = next(key for key, value in hooks.items() if value is old)
         hooks[key] = hook
-    device = getattr(module, parameter).device
+    weight = getattr(module, parameter)
+    device = "cpu" if weight.is_meta else weight.device  # no state dict would bring lost positions back
     module.register_buffer(BUFFERS[edit.side], moved[positions[kept]].to(device), persistent=False)
