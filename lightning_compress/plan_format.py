@@ -296,7 +296,7 @@ def _edit(value: Any, path: str) -> Edit:
         dim = _integer(value["dim"], f"{path}.dim", -LARGEST_RANK, LARGEST_RANK)
         return ShimEdit(_string(value["module"], f"{path}.module"), side, dim)  # type: ignore[arg-type]
     value = _object(value, path, {"edit", "module", "axis"})
-    axis = _string(value["axis"], f"{path}.axis", ("heads", "qk_head_dim", "vo_head_dim"))
+    axis = _string(value["axis"], f"{path}.axis", ("heads", "qk_head_dim", "vo_head_dim", "width"))
     return CoreEdit(_string(value["module"], f"{path}.module"), axis)  # type: ignore[arg-type]
 
 

@@ -111,11 +111,12 @@ class CoreEdit:
 
     Args:
         module: dotted path of the attention module.
-        axis: which of its three sizes the structure counts: "heads", "qk_head_dim" or "vo_head_dim".
+        axis: which of its sizes the structure counts: "heads", "qk_head_dim", "vo_head_dim", or "width", that of its
+            inputs and outputs.
     """
 
     module: str
-    axis: Literal["heads", "qk_head_dim", "vo_head_dim"]
+    axis: Literal["heads", "qk_head_dim", "vo_head_dim", "width"]
 
 
 Edit = AttributeEdit | ShimEdit | CoreEdit

@@ -284,13 +284,23 @@ class Distillation(Callback):
         terms = [self._output_loss(output, answer) for (_, _, output), answer in zip(calls, answers, strict=True)]
         added = self.alpha * torch.stack(terms).mean()
         if handles:
-            added = added + self.hidden * _hidden_loss(recording.blocks, hidden)
+            added = added + self.hidden * _hidden_loss(recording.blocks, hidden, self._kept_widths())
         pl_module.log("distillation_loss", added.detach(), on_step=True, on_epoch=False, batch_size=1)
         if isinstance(result, Mapping):
             if "loss" not in result:
                 raise ValueError(f"Expected training_step to return a 'loss', but got the keys {list(result)}.")
             return {**result, "loss": (1 - self.alpha) * result["loss"] + added}
         return (1 - self.alpha) * result + added
+
+    def _kept_widths(self) -> dict[tuple[int, int], Tensor]:
+        """(width before, width now) of what norms run over -> positions that stay, for widths that lost some."""
+        plan = self._joined().plan
+        widths = {}
+        for structure in () if plan is None else plan.structures:
+            kept = plan.kept[structure.name]  # type: ignore[union-attr]
+            if structure.norms and len(kept) < structure.units:
+                widths[structure.units, len(kept)] = torch.tensor(kept)
+        return widths
 
     def _output_loss(self, student: Any, teacher: Any) -> Tensor:
         own, other = self._compared(student), self._compared(teacher)
@@ -343,11 +353,18 @@ def _record_blocks(model: nn.Module, states: dict[str, list[Tensor]]) -> list[An
     return [model.get_submodule(name).register_forward_hook(record(name)) for name in block_names(model)]
 
 
-def _hidden_loss(student: Mapping[str, list[Tensor]], teacher: Mapping[str, list[Tensor]]) -> Tensor:
-    """Mean over blocks of the mean squared difference of their outputs."""
+def _hidden_loss(
+    student: Mapping[str, list[Tensor]],
+    teacher: Mapping[str, list[Tensor]],
+    kept: Mapping[tuple[int, int], Tensor],
+) -> Tensor:
+    """Mean over blocks of the mean squared difference of their outputs, at the positions that the student still has."""
     terms = []
     for name, states in student.items():
         for own, other in zip(states, teacher.get(name, []), strict=False):
+            positions = kept.get((other.shape[-1], own.shape[-1])) if own.dim() else None
+            if positions is not None:
+                other = other.index_select(-1, positions.to(other.device))
             if own.shape == other.shape and own.is_floating_point():
                 terms.append(output_mse(own, other))
     if not terms:

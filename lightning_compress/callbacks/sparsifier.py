@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.budget import select
 from lightning_compress.callbacks.groups import chosen_groups
+from lightning_compress.callbacks.norm_masks import NormMasks
 from lightning_compress.callbacks.optimizer_steps import GroupKey
 from lightning_compress.callbacks.session import CompressionSession
 from lightning_compress.callbacks.shrinkage import CoupledShrinkage, MatrixShrinkage, unit_costs
@@ -57,6 +58,8 @@ class Sparsifier:
         self._refreshed_at = -math.inf
         self._protected: dict[str, Tensor] | None = None
         self._resumed: Mapping[str, Any] | None = None
+        self._masks = NormMasks()
+        session.before_removal.append(self._masks.remove)
         self.skip_pending()
 
     # Groups
@@ -108,6 +111,7 @@ class Sparsifier:
 
     def close(self) -> None:
         """Let go of the model after the fit."""
+        self._masks.remove()
         self._shrinkage = None
         self._taylor = None
 
@@ -228,6 +232,8 @@ class Sparsifier:
         flat = torch.cat([self.dead[s.name] for s in shrinkage.structures])
         if not bool(flat.any()):
             return
+        assert self.session.traced is not None
+        self._masks.follow(self.session.traced, shrinkage.structures, self.dead)
         parameters = self.session.parameters()
         moments: dict[str, list[Tensor]] = {name: [] for name in shrinkage.rates.keys}
         for optimizer in optimizers:
@@ -253,6 +259,7 @@ class Sparsifier:
             "protected": self._protected,
             "alive": self._shrinkage.alive.cpu() if isinstance(self._shrinkage, CoupledShrinkage) else None,
             "taylor": None if self._taylor is None else self._taylor.state_dict(),
+            "masked": self._masks.gone,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -273,3 +280,5 @@ class Sparsifier:
             self._protect(state["protected"])
         if isinstance(self._shrinkage, CoupledShrinkage) and state["alive"] is not None:
             self._shrinkage.alive = state["alive"].to(self._shrinkage.alive)
+            assert self.session.traced is not None
+            self._masks.follow(self.session.traced, self._shrinkage.structures, state["masked"])

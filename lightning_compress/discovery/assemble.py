@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_compress.discovery.axes import Axis, atoms, find, flat
 from lightning_compress.discovery.tracer import Trace
 from lightning_compress.polynomials import Polynomial
-from lightning_compress.structures import Pinned, Slice, Structure, Structures
+from lightning_compress.structures import Normalisation, Pinned, Slice, Structure, Structures
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Family:
     atom: Axis
     places: list[tuple[str, int]] = field(default_factory=list)  # (parameter or buffer, axis)
     roles: dict[str, set[str]] = field(default_factory=dict)  # parameter or buffer -> roles
+    norms: dict[Normalisation, None] = field(default_factory=dict)  # modules that can leave units out of statistics
 
     @property
     def has_producer(self) -> bool:
@@ -41,6 +42,8 @@ class Family:
     def kind(self) -> str:
         """Kind by what operations did to the atom, never by names."""
         marks = self.atom.marks
+        if "normalised" in marks:
+            return "hidden"
         if "batched" in marks:
             return "head"
         if "contracted" in marks:
@@ -55,6 +58,7 @@ class Family:
 def assemble(trace: Trace, kinds: Sequence[str]) -> Structures:
     """Structures of these kinds, the model's costs in their kept counts, and what is pinned."""
     families = _families(trace)
+    _settle_statistics(trace, families, maskable="hidden" in kinds)
     free: list[Family] = []
     pinned: list[Family] = []
     for family in families.values():
@@ -73,7 +77,14 @@ def assemble(trace: Trace, kinds: Sequence[str]) -> Structures:
     structures = []
     for family, name in zip(chosen, names, strict=True):
         structures.append(
-            Structure(name, family.kind, family.atom.size, _slices(trace, family), _sizes(trace, family, variables))
+            Structure(
+                name,
+                family.kind,
+                family.atom.size,
+                _slices(trace, family),
+                _sizes(trace, family, variables),
+                norms=tuple(family.norms),
+            )
         )
     macs = {True: Polynomial(), False: Polynomial()}
     for contraction in trace.contractions:
@@ -97,7 +108,7 @@ def assemble(trace: Trace, kinds: Sequence[str]) -> Structures:
         pinned=[
             Pinned(
                 name,
-                _pinned_kind(f),
+                f.kind,
                 f.atom.size,
                 tuple(dict.fromkeys(p for p, _ in f.places)),
                 tuple(sorted(f.atom.reasons)),
@@ -123,8 +134,29 @@ def _families(trace: Trace) -> dict[int, Family]:
     return families
 
 
-def _pinned_kind(family: Family) -> str:
-    return "hidden" if "normalised" in family.atom.marks else family.kind
+def _settle_statistics(trace: Trace, families: Mapping[int, Family], *, maskable: bool) -> None:
+    """Statistics over a family: by modules that can leave units out, or the reason why the family stays whole."""
+    for statistics in trace.statistics:
+        parts = list(atoms(statistics.axis))
+        for atom in parts:
+            family = families.get(id(atom))
+            place = _place(trace, statistics.module, atom) if maskable and len(parts) == 1 else None
+            if family is not None and place is not None:
+                family.norms.setdefault(place)
+            else:
+                atom.reasons.add(statistics.reason)
+
+
+def _place(trace: Trace, module: str, atom: Axis) -> Normalisation | None:
+    """The one dimension of the module's input and output that is ``atom``, in all calls; None where there is none."""
+    places = set()
+    for face in trace.faces.get(module, ()):
+        for dims in (face.taken, face.returned):
+            found = [i - len(dims) for i, axis in enumerate(dims) if axis is not None and find(axis) is atom]
+            others = [axis for axis in dims if axis is not None and find(axis) is not atom and atom in atoms(axis)]
+            places.add(found[0] if len(found) == 1 and not others else None)
+    place = places.pop() if len(places) == 1 else None
+    return Normalisation(module, place) if place is not None else None
 
 
 def _axes_of(trace: Trace, family: Family) -> Iterable[Axis]:
@@ -153,7 +185,7 @@ def _names(families: Sequence[Family]) -> list[str]:
             if len(set(parts)) > 1:
                 break
             common.append(parts[0])
-        base = ".".join([*common, _pinned_kind(family)])
+        base = ".".join([*common, family.kind])
         name, number = base, 2
         while name in names:
             name, number = f"{base}_{number}", number + 1

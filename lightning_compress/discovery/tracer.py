@@ -63,6 +63,25 @@ class Contraction:
     weight: bool
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """A module took statistics over ``axis``, and why its positions cannot be removed unless the module leaves them
+    out.
+    """
+
+    axis: Axis
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Face:
+    """Axes of what a module without sub-modules took and returned in one call."""
+
+    taken: tuple[Axis | None, ...]
+    returned: tuple[Axis | None, ...]
+
+
 class Trace(TorchDispatchMode):
     """Axes of every tensor of one forward pass; see the module docstring.
 
@@ -71,6 +90,8 @@ class Trace(TorchDispatchMode):
         notes: roles in which operations used weights.
         contractions: every matrix product and convolution with an activation.
         unknown: operations without a rule -> modules where they happened.
+        statistics: normalisations over axes.
+        faces: calls of modules without sub-modules, by path.
     """
 
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor], stand_ins: StandIns | None = None) -> None:
@@ -80,6 +101,8 @@ class Trace(TorchDispatchMode):
         self.notes: list[Note] = []
         self.contractions: list[Contraction] = []
         self.unknown: dict[str, set[str]] = {}
+        self.statistics: list[Statistics] = []
+        self.faces: dict[str, list[Face]] = {}
         self.modules: list[str] = []
         self._dims: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._sources: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -89,6 +112,7 @@ class Trace(TorchDispatchMode):
         self._made_from: dict[int, list[int]] = {}
         self._used: set[int] = set()
         self._deferred: list[tuple[list[int], Axis, str, tuple[str, ...]]] = []
+        self._deferred_statistics: list[tuple[list[int], Statistics]] = []
         self._storages: dict[tuple[int, tuple[int, ...]], Member] = {}
         named = [(True, *item) for item in model.named_parameters()] + [
             (False, *item) for item in model.named_buffers()
@@ -153,6 +177,23 @@ class Trace(TorchDispatchMode):
         if axis is not None:
             self._deferred.append(([self._serial(t) for t in call.outputs], axis, reason + PLACE.get(), marks))
 
+    def normalise(self, call: Call, axis: Axis | None, reason: str) -> None:
+        """Note that statistics are taken over an axis: positions can go only where the module leaves them out.
+
+        Decided at the end of the pass like ``pin_if_used``.
+        """
+        if axis is not None:
+            module = self.modules[-1] if self.modules else ""
+            serials = [self._serial(t) for t in call.outputs]
+            self._deferred_statistics.append((serials, Statistics(axis, module, reason + PLACE.get())))
+
+    def leave(self, path: str, args: Sequence[Any], output: Any) -> None:
+        """Note the axes of the first tensor that a module took and of what it returned."""
+        taken = next((value for value in args if isinstance(value, Tensor)), None)
+        if taken is not None and isinstance(output, Tensor):
+            face = Face(tuple(self.dims(taken)), tuple(self.dims(output)))
+            self.faces.setdefault(path, []).append(face)
+
     def finish(self, outputs: Sequence[Tensor]) -> None:
         """Pin what the model returns, and what was left to be decided until it is known what that depends on."""
         for tensor in outputs:
@@ -168,6 +209,10 @@ class Trace(TorchDispatchMode):
             if used.intersection(serials):
                 axes.pin(axis, reason)
                 axes.mark(axis, *marks)
+        for serials, statistics in self._deferred_statistics:
+            if used.intersection(serials):
+                axes.mark(statistics.axis, "normalised")
+                self.statistics.append(statistics)
 
     def _serial(self, tensor: Tensor) -> int:
         """A number of its own for every tensor; ids are used again when tensors die."""
@@ -338,18 +383,25 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def module_paths(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the path of the module that is being called on top of ``stack``."""
+def module_paths(model: nn.Module, watched: Trace) -> Iterator[None]:
+    """Keep the path of the module that is being called on top of ``watched.modules``."""
     handles = []
 
     def leave(*_: Any) -> None:  # a hook that returned something would replace the module's output
-        stack.pop()
+        watched.modules.pop()
+
+    def leave_leaf(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        path = watched.modules.pop()
+        watched.leave(path, [*args, *kwargs.values()], output)
 
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue  # takes no hooks; its operations are watched all the same
-        handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: stack.append(name)))
-        handles.append(module.register_forward_hook(leave, always_call=True))
+        handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: watched.modules.append(name)))
+        if any(True for _ in module.children()):
+            handles.append(module.register_forward_hook(leave, always_call=True))
+        else:
+            handles.append(module.register_forward_hook(leave_leaf, with_kwargs=True, always_call=True))
     try:
         yield
     finally:
@@ -374,7 +426,7 @@ def trace(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] 
 def _trace(watched: Trace, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Trace:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), evaluation(model), module_paths(model, watched.modules):
+    with torch.random.fork_rng(devices=list(devices)), evaluation(model), module_paths(model, watched):
         with torch.no_grad(), decomposed(), torch.autocast("cpu", enabled=False), watched:
             outputs = model(*args, **kwargs)
     with torch.no_grad():

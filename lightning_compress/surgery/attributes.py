@@ -23,7 +23,7 @@ from lightning_compress.surgery.slicing import is_torch_layer
 # An attribute is looked for in the modules that own a sliced weight and in this many modules around each.
 ANCESTORS = 3
 _INTERNAL = frozenset(nn.Module().__dict__)
-_CORE_AXES = {"head": "heads", "qk_dim": "qk_head_dim", "vo_dim": "vo_head_dim"}
+_CORE_AXES = {"head": "heads", "qk_dim": "qk_head_dim", "vo_dim": "vo_head_dim", "hidden": "width"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def owner_path(parameter: str) -> str:
 
 def anchor(structure: Structure) -> str:
     """Path of the innermost module that holds every slice of ``structure``."""
-    paths = [owner_path(p).split(".") if owner_path(p) else [] for p in structure.parameters]
+    owners = [*(owner_path(p) for p in structure.parameters), *(norm.module for norm in structure.norms)]
+    paths = [path.split(".") if path else [] for path in owners]
     common: list[str] = []
     for parts in zip(*paths, strict=False):
         if len(set(parts)) > 1:
@@ -81,10 +82,11 @@ def is_inside(path: str, outer: str) -> bool:
 def core_edits(structure: Structure, modules: Mapping[str, nn.Module]) -> tuple[CoreEdit, ...]:
     """The attentions of torch whose heads or dims ``structure`` counts: any removal exchanges their forward."""
     axis = _CORE_AXES.get(structure.kind)
+    inside = 1 if axis == "width" else 0  # the axis of the in-projections that the units lie on
     found: dict[str, None] = {}
     for piece in structure.slices:
         owner = owner_path(piece.parameter)
-        for path, faces in ((owner, piece.axis == 0), (owner.rpartition(".")[0], piece.axis == 1)):
+        for path, faces in ((owner, piece.axis == inside), (owner.rpartition(".")[0], piece.axis == 1 - inside)):
             if isinstance(modules.get(path), nn.MultiheadAttention) and (
                 faces or piece.parameter.endswith(("bias_k", "bias_v"))
             ):

@@ -49,8 +49,14 @@ def run(
 @pytest.mark.parametrize("epoch", [1, 3, 5])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"importance": "taylor"}, {"regularizer": "hoyer_square", "every_n_steps": 3}, {"rounds": 2}],
-    ids=["norm", "taylor", "hoyer", "rounds"],
+    [
+        {},
+        {"importance": "taylor"},
+        {"regularizer": "hoyer_square", "every_n_steps": 3},
+        {"rounds": 2},
+        {"kinds": ("hidden", "ffn")},
+    ],
+    ids=["norm", "taylor", "hoyer", "rounds", "hidden"],
 )
 def test_straight_equals_crash_and_resume(options: dict[str, Any], epoch: int, tmp_path: Path) -> None:
     straight, finalize = run(**options)

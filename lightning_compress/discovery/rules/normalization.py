@@ -19,8 +19,7 @@ def layer_norm(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
             for own, axis in zip(trace.dims(parameter), dims[-count:], strict=True):
                 axes.unify(own, axis)
     for axis in dims[-count:]:
-        axes.pin(axis, "it is normalised over")
-        axes.mark(axis, "normalised")
+        trace.normalise(call, axis, "it is normalised over")
     statistics = [*dims[:-count], *[None] * count]
     return [dims, *[list(statistics) for _ in call.outputs[1:]]]
 
@@ -62,7 +61,7 @@ def group_norm(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     groups = int(call.get("group", call.get("num_groups", 1)))
     if channel is not None and groups != channel.size:
         if groups == 1:
-            axes.pin(channel, "it is normalised over")
+            trace.normalise(call, channel, "it is normalised over")
         else:
             group, inner = axes.split(channel, [groups, channel.size // groups])
             axes.pin(inner, "it is normalised over")

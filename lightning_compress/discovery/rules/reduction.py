@@ -38,7 +38,7 @@ def reduce(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     over = set(call.dims())
     for i in over:
         if dims:
-            trace.pin_if_used(call, dims[i], f"it is reduced over by {call.name}", "normalised")
+            trace.normalise(call, dims[i], f"it is reduced over by {call.name}")
     keep = call.outputs[0].dim() == len(dims) and len(dims) > 0
     return [_reduced(dims, over, keep) for _ in call.outputs]
 
