@@ -131,7 +131,7 @@ def candidates(
     found: dict[tuple[Any, ...], list[str]] = {}
     for path in sorted(places, key=lambda p: (not is_inside(p, centre), -p.count("."))):
         owner = modules.get(path)
-        if owner is None or is_torch_layer(owner):
+        if owner is None or (is_torch_layer(owner) and not _is_container(owner)):
             continue
         for attribute, value in _integers(owner, holders=holders):
             for (before, _), (number, _) in sizes.items():
@@ -171,6 +171,11 @@ def selections(found: Sequence[Candidate], limit: int) -> Iterator[tuple[Candida
                 yield selection
 
     return islice(fresh(), limit)
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether a module of torch holds others whose sizes it repeats (``nn.Transformer.d_model``)."""
+    return any(True for _ in module.children()) and not isinstance(module, nn.MultiheadAttention)
 
 
 def _integers(module: nn.Module, *, holders: bool) -> Iterator[tuple[str, int]]:

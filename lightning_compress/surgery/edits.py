@@ -19,7 +19,7 @@ from lightning_compress.structures import AttributeEdit, CoreEdit, ShimEdit, Sli
 from lightning_compress.surgery.attention import resize, slim_
 from lightning_compress.surgery.errors import SurgeryError
 from lightning_compress.surgery.shim import Side, place_shim, shims_of
-from lightning_compress.surgery.slicing import AxisPositions, cut, is_torch_layer, owners_of, repair
+from lightning_compress.surgery.slicing import AxisPositions, cut, is_torch_layer, owners_of, repair, resize_norm
 
 _PATH = re.compile(r"(?:(?P<holder>\w+)\.)?(?P<name>\w+)(?:\[(?P<item>\d+)\])?")
 
@@ -93,6 +93,9 @@ def install(
         cut(tensors[name], axes, gradient=gradients)
     for _, owner in owners_of(modules, (tensors[name] for name in kept)):
         repair(owner)
+    for removal in removals:
+        for norm in removal.structure.norms:
+            resize_norm(_module(modules, norm.module), len(removal.kept))
     for path, counts in cores.items():
         resize(
             _module(modules, path),  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_compress.structures import Normalisation
 from lightning_compress.surgery.edits import Removal, kept_axes
 from lightning_compress.surgery.errors import SurgeryError
-from lightning_compress.surgery.slicing import AxisPositions, repair
+from lightning_compress.surgery.slicing import AxisPositions, repair, resize_norm
 
 BUFFER = "_unmasked_positions"
 
@@ -53,8 +53,7 @@ class NormMask:
                 tensor = tensor.index_select(axis, positions.to(tensor.device))
             tensors[name] = tensor
         repair(module)
-        if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is None:
-            module.normalized_shape = (kept.numel(),)
+        resize_norm(module, kept.numel())
         for number, value in enumerate(args):
             if isinstance(value, Tensor):
                 self._width = value.shape[self.dim]

@@ -144,6 +144,14 @@ def repair(module: nn.Module) -> None:
             return
 
 
+def resize_norm(module: nn.Module, count: int) -> None:
+    """Set the size of a norm of torch that has no weight to read it from; others are left alone."""
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is None:
+        module.normalized_shape = (count,)
+    elif isinstance(module, nn.GroupNorm) and module.weight is None:
+        module.num_channels = count
+
+
 def is_torch_layer(module: nn.Module) -> bool:
     """Whether ``module`` is exactly a layer of torch, whose attributes ``repair`` knows completely."""
     return type(module).__module__.startswith("torch.nn.")

@@ -157,6 +157,7 @@ class Workbench:
         parameters = {id(self.tensors[p]) for r in removals for p in r.structure.parameters}
         paths = {path for identity in parameters for path in self._owners.get(identity, ())}
         paths |= {edit.module for r in removals for edit in r.structure.edits}
+        paths |= {norm.module for r in removals for norm in r.structure.norms}
         # a new core changes its output projection, too
         cores = {e.module for r in removals for e in r.structure.edits if isinstance(e, CoreEdit)}
         paths |= {path for path in self.modules if any(is_inside(path, core) for core in cores)}
