@@ -1,4 +1,4 @@
-"""The theorem for residual width: norms that leave units out, and the model without the units, are the same function."""
+"""The theorem for residual width: norms that leave units out, and the model without them, are the same function."""
 
 import copy
 from typing import Any
@@ -189,7 +189,7 @@ def test_a_failing_norm_gets_its_weights_back() -> None:
     (hidden,) = discover(model, (torch.randn(5, 4),), kinds=("hidden",))
     weight = model[1].weight
     with silence(dict(model.named_modules()), [Removal(hidden, (0, 1))]):
-        with pytest.raises((IndexError, RuntimeError), match="index|INDICES"):
+        with pytest.raises((IndexError, RuntimeError), match=r"index|INDICES"):
             model[1](torch.randn(5, 1))
         with pytest.raises(TypeError, match="Expected a tensor among the inputs of LayerNorm, but got none"):
             model[1]("text")

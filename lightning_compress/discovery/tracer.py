@@ -65,9 +65,7 @@ class Contraction:
 
 @dataclass(frozen=True)
 class Statistics:
-    """A module took statistics over ``axis``, and why its positions cannot be removed unless the module leaves them
-    out.
-    """
+    """A module took statistics over ``axis``, which therefore stays whole unless the module can leave units out."""
 
     axis: Axis
     module: str
@@ -191,7 +189,8 @@ class Trace(TorchDispatchMode):
         """Note the axes of the first tensor that a module took and of what it returned."""
         taken = next((value for value in args if isinstance(value, Tensor)), None)
         if taken is not None and isinstance(output, Tensor):
-            face = Face(tuple(self.dims(taken)), tuple(self.dims(output)))
+            # under vmap a module sees tensors that no operation has announced
+            face = Face(tuple(self._dims.get(taken, ())), tuple(self._dims.get(output, ())))
             self.faces.setdefault(path, []).append(face)
 
     def finish(self, outputs: Sequence[Tensor]) -> None:
