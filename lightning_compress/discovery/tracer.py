@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_compress.discovery import axes
 from lightning_compress.discovery.axes import PLACE, Axis, AxisMismatch
+from lightning_compress.discovery.outputs import Output, flatten
 from lightning_compress.discovery.rules import Call, NoRule, rule_for
 from lightning_compress.discovery.rules.registry import Dims
 from lightning_compress.discovery.valueless import StandIns, storage_key, without_values
@@ -193,13 +194,14 @@ class Trace(TorchDispatchMode):
             face = Face(tuple(self._dims.get(taken, ())), tuple(self._dims.get(output, ())))
             self.faces.setdefault(path, []).append(face)
 
-    def finish(self, outputs: Sequence[Tensor]) -> None:
-        """Pin what the model returns, and what was left to be decided until it is known what that depends on."""
-        for tensor in outputs:
-            for axis in self.dims(tensor):
-                axes.pin(axis, OUTPUT)
+    def finish(self, outputs: Sequence[Output]) -> None:
+        """Pin what the caller sees, and what was left to be decided until it is known what the outputs depend on."""
+        for output in outputs:
+            if not output.internal:
+                for axis in self.dims(output.tensor):
+                    axes.pin(axis, OUTPUT)
         used = set(self._used)
-        queue = [*used, *(self._serial(tensor) for tensor in outputs)]
+        queue = [*used, *(self._serial(output.tensor) for output in outputs)]
         while queue:
             serial = queue.pop()
             used.add(serial)
@@ -431,7 +433,7 @@ def _trace(watched: Trace, model: nn.Module, args: Sequence[Any], kwargs: Mappin
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
-    watched.finish(list(output_tensors(outputs)))
+    watched.finish(list(flatten(outputs).values()))
     return watched
 
 

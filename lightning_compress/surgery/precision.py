@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass, replace
-from math import sqrt
+from math import copysign, inf, sqrt
 from types import TracebackType
 from typing import Any
 
@@ -44,8 +44,16 @@ def to_double(value: Any) -> Any:
     return value
 
 
+# The lowest number of float64 masks scores here and there; two of them added would be infinite, and the scores NaN.
+LARGEST = torch.finfo(torch.float32).max
+
+
 class DoublePrecision(TorchDispatchMode):
-    """Keeps a forward in float64: casts and factories of lower precision give float64, mixed arguments are raised."""
+    """Keeps a forward in float64: casts and factories of lower precision give float64, mixed arguments are raised.
+
+    Numbers beyond the range of float32 are brought back into it: they stand for infinity, and what the forward does
+    with them was written for float32.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         low: list[Tensor] = []
@@ -76,6 +84,8 @@ class DoublePrecision(TorchDispatchMode):
                 )
             if isinstance(value, torch.dtype):
                 return DOUBLE.get(value, value)
+            if type(value) is float and LARGEST < abs(value) < inf:
+                return copysign(LARGEST, value)
             if type(value) in (list, tuple):
                 return type(value)(raised(item) for item in value)
             return value

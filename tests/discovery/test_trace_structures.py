@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -257,6 +258,14 @@ def test_experts_lose_whole_lines_of_memory(width, units, positions):
     (structure,) = (s for s in trace_structures(model, (torch.randn(6, 5),)) if s.parameters == ("1.up", "1.down"))
     assert structure.units == units
     assert [tuple(piece.indices.shape) for piece in structure.slices] == [(units, 2 * positions), (units, positions)]
+
+
+def test_what_the_model_returns_for_itself_pins_nothing():
+    """A key/value cache shrinks with the model; but where an object is all that is returned, it is the output."""
+    cached = Lambda(lambda s, x: (s.b(h := s.a(x)), SimpleNamespace(keys=h)), a=A(), b=B())
+    assert [s.units for s in trace_structures(cached, (ROWS,))] == [50]
+    wrapped = Lambda(lambda s, x: SimpleNamespace(logits=s.b(s.a(x)), hidden=s.a(x)), a=A(), b=B())
+    assert trace_structures(wrapped, (ROWS,)) == []
 
 
 @pytest.mark.parametrize("name", FREE)

@@ -1,5 +1,6 @@
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
+from math import inf
 
 import pytest
 import torch
@@ -58,6 +59,16 @@ def test_grouped_products_work_in_float64(left, right, grouped) -> None:  # type
         result = F.grouped_mm(a.double(), b.double(), offs=offs)
     rows = 8 if left == (10, 8) else None  # rows beyond the last group are undefined
     assert result.dtype == torch.float64 and torch.allclose(result.float()[:rows], expected[:rows], atol=1e-5)
+
+
+def test_masks_of_the_lowest_number_do_not_overflow() -> None:
+    scores, hidden = torch.zeros(2, 3, dtype=torch.float64), torch.tensor([True, True, False])
+    with DoublePrecision():
+        lowest = torch.finfo(scores.dtype).min
+        padding = torch.zeros(3, dtype=torch.float64).masked_fill(hidden, lowest)
+        masked = scores + torch.full((2, 3), lowest) + padding * 1.0 + lowest
+        assert masked.softmax(-1).isfinite().all()
+        assert (torch.ones(2).float() * -inf).isinf().all()  # infinity itself stays
 
 
 def test_integers_and_booleans_are_left_alone() -> None:

@@ -87,6 +87,11 @@ def test_what_lies_inside_other_objects_may_shrink() -> None:
         difference(before, flatten({"cache": SimpleNamespace(k=torch.zeros(3))}))
 
 
+def test_what_lies_inside_other_objects_is_compared_if_nothing_else_is_returned() -> None:
+    before, after = (flatten(SimpleNamespace(logits=torch.full((2,), value))) for value in (1.0, 2.0))
+    assert difference(before, after) == 1.0
+
+
 class Restless(nn.Module):
     """Draws random numbers, counts its calls in a buffer, writes into its input."""
 
@@ -127,7 +132,7 @@ def test_a_rehearsal_ends_after_an_error() -> None:
     ("function", "message"),
     [
         (lambda x: None, "Expected the example call to return a tensor, but it returns none"),
-        (lambda x: SimpleNamespace(hidden=x), "Expected the example call to return a tensor, but it returns none"),
+        (lambda x: SimpleNamespace(count=3), "Expected the example call to return a tensor, but it returns none"),
         (lambda x: {"logits": x / 0}, r"output\['logits'\] holds NaN before anything is removed"),
         (lambda x: x.no_such_method(), "float64, but it raised AttributeError: .*no_such_method"),
     ],
