@@ -426,6 +426,7 @@ def trace(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] 
 
 def _trace(watched: Trace, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Trace:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)), evaluation(model), module_paths(model, watched):
         with torch.no_grad(), decomposed(), torch.autocast("cpu", enabled=False), watched:
@@ -433,6 +434,10 @@ def _trace(watched: Trace, model: nn.Module, args: Sequence[Any], kwargs: Mappin
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
+    for module, saved in attributes:  # some modules remember their last call
+        if module.__dict__.keys() != saved.keys() or any(module.__dict__[key] is not saved[key] for key in saved):
+            module.__dict__.clear()
+            module.__dict__.update(saved)
     watched.finish(list(flatten(outputs).values()))
     return watched
 

@@ -6,6 +6,7 @@ model whose weights are already zero where units will go, or that starts from ze
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from dataclasses import fields, is_dataclass, replace
 from math import copysign, inf, sqrt
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_compress.discovery.outputs import flatten
 
 DOUBLE = {
     torch.float16: torch.float64,
@@ -26,7 +29,7 @@ DOUBLE = {
 
 
 def to_double(value: Any) -> Any:
-    """A copy of a nested argument: tensors are copied, floating-point ones to float64; other objects are passed on."""
+    """A copy of a nested argument: tensors are copied, floating-point ones to float64; the rest is passed on."""
     if isinstance(value, Tensor):
         return value.detach().to(DOUBLE.get(value.dtype, value.dtype), copy=True)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -41,7 +44,20 @@ def to_double(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         changed = {f.name: to_double(getattr(value, f.name)) for f in fields(value) if f.init}
         return replace(value, **changed)
-    return value
+    return _copied(value)
+
+
+def _copied(value: Any) -> Any:
+    """A copy of an object that holds tensors (a key/value cache, which a call writes into), else the object itself."""
+    if not hasattr(value, "__dict__") or isinstance(value, type | nn.Module):
+        return value
+    held = {id(output.tensor): to_double(output.tensor) for output in flatten(value).values()}
+    if not held:
+        return value
+    try:
+        return copy.deepcopy(value, held)
+    except Exception:  # not everything can be copied
+        return value
 
 
 # The lowest number of float64 masks scores here and there; two of them added would be infinite, and the scores NaN.

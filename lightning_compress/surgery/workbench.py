@@ -87,6 +87,7 @@ class Workbench:
         self._args, self._kwargs = tuple(args), dict(kwargs)
         self._calls: dict[str, Call] = {}
         self._trusted: dict[str, bool] = {}
+        self._unread_by_kind: dict[tuple[Any, ...], frozenset[str]] = {}
 
         zero_positions(self.tensors, zeroed_axes(removals))
         with silence(self.modules, removals):
@@ -139,7 +140,42 @@ class Workbench:
                 self._trusted[path] = self._compare(path) <= self.tolerance
             except Exception:  # whatever goes wrong in foreign code: the module cannot be run alone
                 self._trusted[path] = False
+            if self._trusted[path]:
+                unread = self._unread(path)
+                call = self._calls[path]
+                outputs = {key: output for key, output in call.outputs.items() if key not in unread}
+                self._calls[path] = replace(call, outputs=outputs)
         return path if self._trusted[path] else ""
+
+    def _unread(self, path: str) -> frozenset[str]:
+        """Outputs of the module ``path`` and its kind that nothing reads (attention weights, often).
+
+        A removal may change them. They are those that can be spoilt in all these modules together without a trace in
+        what the model returns.
+        """
+        keys = [key for key, output in self._calls[path].outputs.items() if output.tensor.is_floating_point()]
+        kind = (type(self.modules[path]), *keys)
+        if kind not in self._unread_by_kind:
+            unread = {key for key in keys[1:] if not self._is_read(type(self.modules[path]), key)}
+            self._unread_by_kind[kind] = frozenset(unread)
+        return self._unread_by_kind[kind]
+
+    def _is_read(self, kind: type[nn.Module], key: str) -> bool:
+        def spoil(module: nn.Module, args: Any, output: Any) -> None:
+            tensor = flatten(output)[key].tensor
+            tensor.add_(torch.linspace(1, 2, tensor.numel(), dtype=tensor.dtype, device=tensor.device).view_as(tensor))
+
+        handles = [self.modules[path].register_forward_hook(spoil) for path in self._calls_of(kind)]
+        try:
+            return self._compare("") > self.tolerance
+        except Exception:  # it cannot be spoilt, or foreign code noticed
+            return True
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _calls_of(self, kind: type[nn.Module]) -> list[str]:
+        return [path for path in self._calls if type(self.modules[path]) is kind]
 
     def error_of(self, removals: Sequence[Removal], path: str = "") -> float:
         """Error with ``removals`` carried out, then rolled back; raises what the forward or the edits raise."""
@@ -186,7 +222,7 @@ class Workbench:
                 add_tiled(noise.to(data.device), changed := data.clone())
                 self.tensors[name].data = changed
             return self._compare(path) > self.tolerance
-        except Mismatch:
+        except Exception:  # it makes a difference to foreign code, too
             return True
         finally:
             for name, data in saved.items():

@@ -101,6 +101,17 @@ def test_the_model_is_left_as_it_was(name):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_what_a_module_remembers_of_the_pass_is_forgotten():
+    def forward(s, x):
+        s.state = s.a(x) + (s.state if hasattr(s, "state") else 0)
+        return s.b(s.state)
+
+    model = Lambda(forward, a=A(), b=B())
+    model.last = None
+    trace_structures(model, (ROWS,))
+    assert not hasattr(model, "state") and model.last is None
+
+
 def test_structures_do_not_depend_on_the_batch_or_the_mode():
     example = MODELS["BERT"]
     model = example.model()

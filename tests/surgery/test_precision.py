@@ -159,3 +159,21 @@ def test_zero_positions() -> None:
     tensors = {"a": torch.ones(2, 3)}
     zero_positions(tensors, {("a", 1): torch.tensor([0, 2]), ("a", 0): torch.tensor([1])})
     assert tensors["a"].tolist() == [[0, 1, 0], [0, 0, 0]]
+
+
+class Cache:
+    """What a model writes its keys into."""
+
+    def __init__(self) -> None:
+        self.keys, self.calls = [torch.zeros(2)], 0
+
+
+def test_objects_that_hold_tensors_are_copied() -> None:
+    cache = Cache()
+    (copied,) = to_double((cache,))
+    copied.keys.append(torch.ones(1))
+    assert copied is not cache and copied.keys[0].dtype == torch.float64 and cache.keys[0].dtype == torch.float32
+    assert len(cache.keys) == 1
+    settings, stuck = type("Settings", (), {})(), Cache()
+    stuck.stream = (n for n in "")  # type: ignore[attr-defined]  # cannot be copied
+    assert to_double(settings) is settings and to_double(stuck) is stuck

@@ -280,6 +280,35 @@ def test_a_module_that_cannot_be_run_alone_is_judged_by_the_whole_model() -> Non
     assert [s.tier for s in proven] == ["native"]
 
 
+class Chatty(nn.Module):
+    """Also returns its hidden units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.relu(self.up(x))
+        return self.down(hidden), hidden
+
+
+class Listener(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = Chatty(), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x)[0])
+
+
+def test_outputs_of_a_module_that_nobody_reads_may_change() -> None:
+    """Attention weights, often: their shape shrinks with the heads."""
+    model = Listener()
+    found = prove(model, trace_structures(model, (X,)), (X,))
+    (structure,) = (s for s in found if s.name == "inner.ffn")
+    assert structure.tier == "native"
+
+
 def test_structures_that_go_alone_but_not_together_get_another_way() -> None:
     class Quarrel(nn.Module):
         """Each width may lose a unit, but not both."""
