@@ -43,9 +43,10 @@ VERSION = 2
 LARGEST_AXIS = 2**26
 LARGEST_RANK = 16
 
-# Attributes that an edit may set: a plain name, possibly of an object that the module holds, possibly one item of a
-# list; never a double underscore.
-ATTRIBUTE = re.compile(r"((?!__)[A-Za-z_][A-Za-z0-9_]*\.)?(?!__)[A-Za-z_][A-Za-z0-9_]*(\[[0-9]{1,4}\])?")
+# Attributes that an edit may set: a plain name, possibly of an object that the module holds, possibly an item of a list
+# or dict, or an argument that a functools.partial carries; never a double underscore. See surgery/attribute_paths.py.
+STEP = r"\[[0-9]{1,4}\]|\['[A-Za-z0-9_]{1,64}'\]|\((?!__)[A-Za-z0-9_]{1,64}\)"
+ATTRIBUTE = re.compile(rf"((?!__)[A-Za-z_][A-Za-z0-9_]*\.)?((?!__)[A-Za-z_][A-Za-z0-9_]*)((?:{STEP}){{0,3}})")
 
 
 def encode_ranges(values: Sequence[int]) -> list[int | list[int]]:

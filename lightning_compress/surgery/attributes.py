@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from itertools import chain, combinations, islice
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_compress.polynomials import Polynomial
 from lightning_compress.structures import AttributeEdit, CoreEdit, Structure
-from lightning_compress.surgery.edits import Removal, read_attribute
+from lightning_compress.surgery.attribute_paths import integers
+from lightning_compress.surgery.edits import Removal
 from lightning_compress.surgery.slicing import is_torch_layer
 
 # An attribute is looked for in the modules that own a sliced weight and in this many modules around each.
 ANCESTORS = 3
-_INTERNAL = frozenset(nn.Module().__dict__)
 _CORE_AXES = {"head": "heads", "qk_dim": "qk_head_dim", "vo_dim": "vo_head_dim", "hidden": "width"}
 
 
@@ -34,7 +34,7 @@ class Candidate:
         key: class, place, attribute and number of the size: equal for corresponding candidates of look-alike
             structures.
         modules: paths of the modules.
-        attribute: path of the attribute, see ``edits.read_attribute``.
+        attribute: path of the attribute, see ``attribute_paths``.
         size: the size as a polynomial in kept counts.
     """
 
@@ -133,7 +133,7 @@ def candidates(
         owner = modules.get(path)
         if owner is None or (is_torch_layer(owner) and not _is_container(owner)):
             continue
-        for attribute, value in _integers(owner, holders=holders):
+        for attribute, value in integers(owner, holders=holders):
             for (before, _), (number, _) in sizes.items():
                 if value == before:
                     kind = f"{type(owner).__module__}.{type(owner).__qualname__}"
@@ -178,27 +178,6 @@ def _is_container(module: nn.Module) -> bool:
     return any(True for _ in module.children()) and not isinstance(module, nn.MultiheadAttention)
 
 
-def _integers(module: nn.Module, *, holders: bool) -> Iterator[tuple[str, int]]:
-    """Integer attributes of ``module``, or of the plain objects that it holds, with their paths."""
-    if not holders:
-        yield from _integers_of(module.__dict__, "")
-        return
-    for name, value in module.__dict__.items():
-        plain = not isinstance(value, nn.Module | Tensor | type) and not callable(value) and name not in _INTERNAL
-        if plain and hasattr(value, "__dict__") and not name.startswith("_"):
-            yield from _integers_of(vars(value), f"{name}.")
-
-
-def _integers_of(attributes: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, int]]:
-    for name, value in list(attributes.items()):
-        if name in _INTERNAL or name.startswith("__"):
-            continue
-        if type(value) is int:
-            yield prefix + name, value
-        elif type(value) in (list, tuple) and len(value) <= 8:
-            yield from ((f"{prefix}{name}[{i}]", item) for i, item in enumerate(value) if type(item) is int)
-
-
 __all__ = [
     "Candidate",
     "anchor",
@@ -207,6 +186,5 @@ __all__ = [
     "core_edits",
     "is_inside",
     "owner_path",
-    "read_attribute",
     "selections",
 ]

@@ -5,11 +5,8 @@ Nothing here verifies or restores; callers hold a ``Transaction``.
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import FrozenInstanceError, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +14,10 @@ from torch import Tensor, nn
 from lightning_compress.polynomials import Polynomial
 from lightning_compress.structures import AttributeEdit, CoreEdit, ShimEdit, Slice, Structure
 from lightning_compress.surgery.attention import resize, slim_
+from lightning_compress.surgery.attribute_paths import write_attribute
 from lightning_compress.surgery.errors import SurgeryError
 from lightning_compress.surgery.shim import Side, place_shim, shims_of
 from lightning_compress.surgery.slicing import AxisPositions, cut, is_torch_layer, owners_of, repair, resize_norm
-
-_PATH = re.compile(r"(?:(?P<holder>\w+)\.)?(?P<name>\w+)(?:\[(?P<item>\d+)\])?")
 
 
 @dataclass(frozen=True)
@@ -233,36 +229,6 @@ def _facing(module: nn.Module, edit: ShimEdit, structure: Structure) -> Slice:
 
 
 # Attributes
-
-
-def read_attribute(module: nn.Module, path: str) -> Any:
-    """Value of ``NAME``, ``HOLDER.NAME`` or ``NAME[i]`` in ``module``."""
-    match = _PATH.fullmatch(path)
-    if match is None:
-        raise AttributeError(path)
-    holder = getattr(module, match["holder"]) if match["holder"] else module
-    value = getattr(holder, match["name"])
-    return value[int(match["item"])] if match["item"] else value
-
-
-def write_attribute(module: nn.Module, path: str, value: int) -> None:
-    """Set what ``read_attribute`` reads; a holder (a configuration, a list) is replaced by the module's own copy."""
-    match = _PATH.fullmatch(path)
-    if match is None:
-        raise AttributeError(path)
-    holder: Any = module
-    if match["holder"]:
-        holder = copy.copy(getattr(module, match["holder"]))
-        setattr(module, match["holder"], holder)
-    new: Any = value
-    if match["item"]:
-        items = list(getattr(holder, match["name"]))
-        items[int(match["item"])] = value
-        new = type(getattr(holder, match["name"]))(items)
-    try:
-        setattr(holder, match["name"], new)
-    except FrozenInstanceError:  # a frozen configuration; it is our own copy
-        object.__setattr__(holder, match["name"], new)
 
 
 def _set_attributes(

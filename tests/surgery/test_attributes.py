@@ -1,17 +1,21 @@
+from collections import namedtuple
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_compress.analysis import discover
 from lightning_compress.polynomials import Polynomial
 from lightning_compress.structures import CoreEdit, Slice, Structure
 from lightning_compress.surgery import SurgeryError
+from lightning_compress.surgery.attribute_paths import integers, read_attribute, write_attribute
 from lightning_compress.surgery.attributes import Candidate, anchor, candidates, core_edits, selections
-from lightning_compress.surgery.edits import Removal, evaluate, read_attribute, write_attribute
+from lightning_compress.surgery.edits import Removal, evaluate
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,80 @@ def test_attributes_are_read_and_written_without_touching_shared_objects(path: s
     assert type(module.shape) is tuple and type(module.sizes) is list and (config.units, frozen.units) == (8, 8)
 
 
-@pytest.mark.parametrize("path", ["a.b.c", "a[x]", ""])
+Pair = namedtuple("Pair", "first second")
+
+
+def holding_containers() -> nn.Module:
+    """A module whose sizes lie in containers, one inside another; some are data or no integers."""
+    module = nn.Identity()
+    for name, value in {
+        "axes": {"h": 4, "d": 8, 3: 5, "no.name": 8, "nested": {"deep": (1, 8)}},
+        "items": (("h", 4), ("d", 8)),
+        "pair": Pair(2, 8),
+        "cut": partial(torch.narrow, 0, 1, length=8, flag=True),
+        "data": list(range(9)),
+        "deep": [[[[8]]]],
+    }.items():
+        setattr(module, name, value)
+    return module
+
+
+def test_integers_inside_containers_are_found_and_exchanged_in_copies() -> None:
+    module, twin = holding_containers(), nn.Identity()
+    twin.__dict__.update(module.__dict__)
+    found = dict(integers(module, holders=False))
+    assert {path for path, value in found.items() if value == 8} == {
+        *("axes['d']", "axes['nested']['deep'][1]", "items[1][1]", "pair[1]", "cut(length)"),
+    }
+    assert found["axes[3]"] == 5 and found["cut(0)"] == 0
+    for path, value in found.items():
+        assert read_attribute(module, path) == value
+        write_attribute(module, path, 17)
+        assert read_attribute(module, path) == 17 and read_attribute(twin, path) == value
+    assert type(module.items) is tuple and type(module.pair) is Pair and type(module.axes) is dict
+    assert type(module.cut) is partial and module.cut.keywords["flag"] is True
+    for path in ("axes['x']", "items[7]", "pair(0)", "cut[0]", "items['h']"):
+        with pytest.raises(AttributeError, match=r"."):
+            read_attribute(module, path)
+        with pytest.raises(AttributeError, match=r"."):
+            write_attribute(module, path, 1)
+
+
+class SplitHeads(nn.Module):
+    """A helper whose size lies in a tuple of pairs, beside a dict that only describes it."""
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__()
+        self.sizes, self._sizes = sizes, tuple(sizes.items())
+
+    def forward(self, x: Tensor) -> Tensor:
+        (name, size), *_ = self._sizes
+        x = x.unflatten(-1, (size, -1) if name == "heads" else (-1, size))
+        return x.transpose(-3, -2)
+
+
+class ContainedSizes(nn.Module):
+    """Attention whose head count and head size lie in containers of helpers, and in a partial function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(20, 20) for _ in range(4))
+        self.by_count, self.by_size, self.cut = SplitHeads(heads=4), SplitHeads(dim=5), partial(torch.split, dim=-1)
+        self.values = partial(torch.unflatten, dim=-1, sizes=(4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key = self.by_count(self.query(x)), self.by_size(self.key(x))
+        value = self.values(self.value(x)).transpose(-3, -2)
+        mixed = (query @ key.mT * 5**-0.5).softmax(-1) @ value
+        return self.out(mixed.transpose(-3, -2).flatten(-2))
+
+
+def test_sizes_inside_containers_are_repaired() -> None:
+    found = discover(ContainedSizes(), (torch.randn(2, 3, 20),), prove=True)
+    assert [(s.kind, s.tier) for s in found] == [("head", "native"), ("qk_dim", "native"), ("vo_dim", "native")]
+
+
+@pytest.mark.parametrize("path", ["a.b.c", "a[x]", "", "a(__b)", "a['b.c']", "a[0][0][0][0]"])
 def test_other_paths_are_no_attributes(path: str) -> None:
     with pytest.raises(AttributeError):
         read_attribute(nn.Identity(), path)
