@@ -25,6 +25,7 @@ from lightning_compress.report import CompressionReport, count_parameters, file_
 from lightning_compress.structures import EXACT_KINDS, KINDS, Slice, Structure, Structures
 from lightning_compress.surgery import SurgeryError, SurgeryReport, apply_plan, zero_units
 from lightning_compress.unit_groups import UnitGroups
+from lightning_compress.vocabulary import trim_tokenizer, used_ids
 
 if TYPE_CHECKING:
     from lightning_compress.callbacks import Distillation, FinalizeCompression, StructuredSparsity
@@ -66,10 +67,12 @@ __all__ = [
     "measure_latency",
     "output_mse",
     "select",
+    "trim_tokenizer",
     "trimmed_group_lasso",
     "trimmed_group_lasso_factors",
     "unit_norms",
     "unit_scores",
+    "used_ids",
     "zero_units",
 ]
 

@@ -167,6 +167,13 @@ class _Problem:
         min_units: PerStructure,
     ) -> _Problem:
         metric, fraction = _target(params, macs, units)
+        for s in structures:
+            if s.kind == "vocab":
+                raise ValueError(
+                    f"Expected structures among which a budget can choose, but got the vocabulary {s.name!r}: which ids "
+                    "a corpus needs is no question of importance. Plan it with PruningPlan.of(model, structures, "
+                    "{name: used_ids(tokenizer, texts)})."
+                )
         polynomial = cost_polynomial(structures, metric)
         _check_prunable(structures, polynomial, metric)
         multiples = _per_structure("round_to", 1 if round_to is None else round_to, structures)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.discovery.axes import Axis, atoms, find, flat
-from lightning_compress.discovery.tracer import Trace
+from lightning_compress.discovery.tracer import OUTPUT, LookUp, Trace
 from lightning_compress.polynomials import Polynomial
 from lightning_compress.structures import Normalisation, Pinned, Slice, Structure, Structures
 
@@ -22,6 +22,7 @@ class Family:
     places: list[tuple[str, int]] = field(default_factory=list)  # (parameter or buffer, axis)
     roles: dict[str, set[str]] = field(default_factory=dict)  # parameter or buffer -> roles
     norms: dict[Normalisation, None] = field(default_factory=dict)  # modules that can leave units out of statistics
+    answers: bool = False  # its positions are ids that the model returns
 
     @property
     def has_producer(self) -> bool:
@@ -42,6 +43,8 @@ class Family:
     def kind(self) -> str:
         """Kind by what operations did to the atom, never by names."""
         marks = self.atom.marks
+        if "looked up" in marks or self.answers:
+            return "vocab"
         if "normalised" in marks:
             return "hidden"
         if "batched" in marks:
@@ -59,9 +62,13 @@ def assemble(trace: Trace, kinds: Sequence[str]) -> Structures:
     """Structures of these kinds, the model's costs in their kept counts, and what is pinned."""
     families = _families(trace)
     _settle_statistics(trace, families, maskable="hidden" in kinds)
+    _settle_look_ups(trace, families, renumber="vocab" in kinds)
     free: list[Family] = []
     pinned: list[Family] = []
     for family in families.values():
+        if family.kind == "vocab" and not family.atom.reasons:
+            free.append(family)
+            continue
         if not family.has_producer or not (family.has_consumer or family.between_activations or family.atom.reasons):
             continue
         (pinned if family.atom.reasons else free).append(family)
@@ -147,6 +154,29 @@ def _settle_statistics(trace: Trace, families: Mapping[int, Family], *, maskable
                 atom.reasons.add(statistics.reason)
 
 
+def _settle_look_ups(trace: Trace, families: Mapping[int, Family], *, renumber: bool) -> None:
+    """Rows that are looked up by ids which the caller gives, and outputs that count such ids, can be numbered anew."""
+    by_row: dict[int, list[LookUp]] = {}
+    for look_up in trace.look_ups:
+        for atom in atoms(look_up.axis):
+            by_row.setdefault(id(atom), []).append(look_up)
+    sizes = set()
+    for key, look_ups in by_row.items():
+        family = families.get(key)
+        whole = all(find(look_up.axis).form == "atom" and look_up.ids is not None for look_up in look_ups)
+        if renumber and family is not None and whole and family.atom.reasons <= {OUTPUT}:
+            family.atom.reasons.clear()
+            sizes.add(family.atom.size)
+        else:
+            for look_up in look_ups:
+                for atom in atoms(look_up.axis):
+                    atom.reasons.add(look_up.reason)
+    for family in families.values():
+        if family.atom.size in sizes and family.atom.reasons == {OUTPUT} and family.has_producer:
+            family.atom.reasons.clear()
+            family.answers = True
+
+
 def _place(trace: Trace, module: str, atom: Axis) -> Normalisation | None:
     """The one dimension of the module's input and output that is ``atom``, in all calls; None where there is none."""
     places = set()
@@ -212,6 +242,8 @@ def unit_numbers(axis: Axis, atom: Axis) -> Tensor:
 def _slices(trace: Trace, family: Family) -> tuple[Slice, ...]:
     slices = []
     silence_producers = family.between_activations or not family.has_consumer
+    if family.kind == "vocab":
+        silence_producers = False  # an id that never comes needs no silence
     for name, position in family.places:
         axis = trace.members[name].dims[position]
         assert axis is not None

@@ -74,6 +74,23 @@ class Statistics:
 
 
 @dataclass(frozen=True)
+class LookUp:
+    """Rows of a table were looked up by ids.
+
+    Args:
+        table: name of the parameter.
+        axis: its axis of rows.
+        ids: storage of the ids if they are an input of the model as it came in, else None.
+        reason: why the rows stay whole where ids cannot be given anew.
+    """
+
+    table: str
+    axis: Axis
+    ids: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class Face:
     """Axes of what a module without sub-modules took and returned in one call."""
 
@@ -91,6 +108,7 @@ class Trace(TorchDispatchMode):
         unknown: operations without a rule -> modules where they happened.
         statistics: normalisations over axes.
         faces: calls of modules without sub-modules, by path.
+        look_ups: look-ups of rows by ids.
     """
 
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor], stand_ins: StandIns | None = None) -> None:
@@ -102,6 +120,7 @@ class Trace(TorchDispatchMode):
         self.unknown: dict[str, set[str]] = {}
         self.statistics: list[Statistics] = []
         self.faces: dict[str, list[Face]] = {}
+        self.look_ups: list[LookUp] = []
         self.modules: list[str] = []
         self._dims: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._sources: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -131,6 +150,7 @@ class Trace(TorchDispatchMode):
         for tensor in inputs:
             self._dims[tensor] = self.pinned(tensor, INPUT)
             self._active[tensor] = True
+        self._inputs = {storage_key(tensor) for tensor in inputs}
 
     # -- what rules ask for ------------------------------------------------------------------------------------------
 
@@ -185,6 +205,15 @@ class Trace(TorchDispatchMode):
             module = self.modules[-1] if self.modules else ""
             serials = [self._serial(t) for t in call.outputs]
             self._deferred_statistics.append((serials, Statistics(axis, module, reason + PLACE.get())))
+
+    def look_up(self, table: Tensor, axis: Axis | None, ids: Tensor, reason: str) -> None:
+        """Note that rows of ``table`` are looked up; whether some can go is decided when all is known."""
+        for name in self.sources(table):
+            if axis is not None:
+                key = storage_key(ids)
+                given = key if key in self._inputs else None
+                self.look_ups.append(LookUp(name, axis, given, reason + PLACE.get()))
+        axes.mark(axis, "looked up")
 
     def leave(self, path: str, args: Sequence[Any], output: Any) -> None:
         """Note the axes of the first tensor that a module took and of what it returned."""

@@ -17,6 +17,7 @@ from lightning_compress.surgery.errors import SurgeryError
 from lightning_compress.surgery.guards import check_plain, check_sharing, check_values, check_weights
 from lightning_compress.surgery.optimizer_state import check_optimizers, cut_state
 from lightning_compress.surgery.precision import DoubleWeights, zero_positions
+from lightning_compress.surgery.renumber import Renumbering
 from lightning_compress.surgery.silence import silence
 from lightning_compress.surgery.transaction import Transaction
 from lightning_compress.surgery.verify import Mismatch, Outputs, Rehearsal, difference
@@ -146,16 +147,19 @@ def apply_plan(
     # the new data must be ordinary tensors even when the caller is in inference mode, or training could not go on
     with torch.inference_mode(False), torch.no_grad(), Transaction(model.modules(), optimizers):
         reference: Outputs = {}
+        renumbering: Renumbering | None = None
         if verify is not None and removals:
             removals, perturbed_error = _find_ways(model, plan.structures, removals, args, kwargs, tolerance)
+            renumbering = Renumbering(model, removals, args, kwargs)
             reference = _zeroed_outputs(model, removals, args, kwargs)
             kept = once(kept_axes(removals), tensors)  # a way may leave some tensors whole
         names = {r.structure.name for r in removals}
         shapes = {name: tuple(tensors[name].shape) for name in kept}
         install(dict(model.named_modules()), removals, tensors, [s for s in plan.structures if s.name not in names])
         cut_state(optimizers, tensors, shapes, kept)
-        if verify is not None and removals:
-            error = _final_error(model, reference, args, kwargs, tolerance)
+        if renumbering is not None:
+            error = _final_error(model, reference, renumbering, [r.structure.name for r in removals], args, kwargs)
+            _check_error(error, tolerance)
 
     ways = {r.structure.name: r.structure for r in removals}
     done = replace(plan, structures=tuple(ways.get(s.name, s) for s in plan.structures))
@@ -206,21 +210,30 @@ def _zeroed_outputs(
 
 
 def _final_error(
-    model: nn.Module, reference: Outputs, args: Sequence[Any], kwargs: Mapping[str, Any], tolerance: float
+    model: nn.Module,
+    reference: Outputs,
+    renumbering: Renumbering,
+    gone: Sequence[str],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
 ) -> float:
     with DoubleWeights(model), Rehearsal(model) as rehearsal:
         try:
-            error = difference(reference, rehearsal.run(model, args, kwargs))
+            new_args, new_kwargs = renumbering.inputs(args, kwargs, gone)
+            outputs = rehearsal.run(model, new_args, new_kwargs)
+            return difference(renumbering.outputs(reference, outputs, gone), outputs)
         except Mismatch as mismatch:
             raise SurgeryError(
                 f"Expected the smaller model to return what the zeroed one does, but {mismatch}."
             ) from None
+
+
+def _check_error(error: float, tolerance: float) -> None:
     if error > tolerance:
         raise SurgeryError(
             f"Expected the smaller model to agree with the zeroed one within {tolerance:g}, but the outputs differ by "
             f"{error:.1e} on the true weights. Nothing was changed."
         )
-    return error
 
 
 def _example(verify: Example | None) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -92,6 +92,8 @@ def install(
     for removal in removals:
         for norm in removal.structure.norms:
             resize_norm(_module(modules, norm.module), len(removal.kept))
+        if removal.structure.kind == "vocab" and removal.removed:
+            _renumber_padding(modules, removal)
     for path, counts in cores.items():
         resize(
             _module(modules, path),  # type: ignore[arg-type]
@@ -101,6 +103,19 @@ def install(
         )
     _place_shims(modules, removals, kept, bystanders)
     _set_attributes(modules, removals, bystanders)
+
+
+def _renumber_padding(modules: Mapping[str, nn.Module], removal: Removal) -> None:
+    """Give the padding id of the embeddings of a vocabulary its new number."""
+    for piece in removal.structure.slices:
+        module = modules.get(piece.parameter.rpartition(".")[0])
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
+            if module.padding_idx not in removal.kept:
+                raise SurgeryError(
+                    f"Expected the padding id {module.padding_idx} of {piece.parameter!r} to be kept, but it is not "
+                    f"among the {len(removal.kept)} ids of {removal.structure.name!r} that stay. Keep it."
+                )
+            module.padding_idx = removal.kept.index(module.padding_idx)
 
 
 def once(kept: Mapping[str, AxisPositions], tensors: Mapping[str, Tensor]) -> dict[str, AxisPositions]:

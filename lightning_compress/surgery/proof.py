@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.discovery.tracer import output_tensors
 from lightning_compress.structures import Pinned, Structure, Structures, named_tensors
 from lightning_compress.surgery.apply import TOLERANCE
 from lightning_compress.surgery.edits import Removal, kept_axes, once
@@ -57,7 +58,9 @@ def prove(
     for structure in structures:
         reason = _cannot_even_try(model, tensors, structure)
         if reason is None:
-            removals.append(Removal(replace(structure, tier=None, edits=()), tuple(range(1, structure.units))))
+            bare = replace(structure, tier=None, edits=())
+            gone = 0 if structure.kind != "vocab" else _unused_id(structure, args, dict(kwargs or {}))
+            removals.append(Removal(bare, tuple(u for u in range(structure.units) if u != gone)))
         else:
             pinned.append(_pin(structure, reason))
     ways: dict[str, Removal] = {}
@@ -98,6 +101,20 @@ def _cannot_even_try(model: nn.Module, tensors: Mapping[str, Tensor], structure:
     except SurgeryError as error:
         return str(error)
     return None
+
+
+def _unused_id(structure: Structure, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """An id that no input of the example holds: the largest that lies below one that an input holds, if there is any.
+
+    Small ids are often those of padding and other special tokens, which code knows by number.
+    """
+    used = set()
+    for tensor in output_tensors((args, kwargs)):
+        if not tensor.is_floating_point() and tensor.dtype != torch.bool:
+            used.update(tensor.unique().tolist())
+    free = [unit for unit in range(structure.units) if unit not in used]
+    below = [unit for unit in free if unit < max((u for u in used if u < structure.units), default=0)]
+    return int((below or free or [structure.units - 1])[-1])
 
 
 def _pin(structure: Structure, reason: str) -> Pinned:

@@ -30,6 +30,7 @@ from lightning_compress.surgery.attributes import (
 )
 from lightning_compress.surgery.edits import Removal, faced_side, install, shim_dim, zeroed_axes
 from lightning_compress.surgery.precision import add_tiled, to_double, zero_positions
+from lightning_compress.surgery.renumber import Renumbering
 from lightning_compress.surgery.silence import silence
 from lightning_compress.surgery.transaction import Transaction
 from lightning_compress.surgery.verify import Mismatch, Outputs, Rehearsal, difference, flatten
@@ -89,6 +90,7 @@ class Workbench:
         self._trusted: dict[str, bool] = {}
         self._unread_by_kind: dict[tuple[Any, ...], frozenset[str]] = {}
 
+        self._renumbering = Renumbering(model, removals, args, kwargs)
         zero_positions(self.tensors, zeroed_axes(removals))
         with silence(self.modules, removals):
             self.reference = self._watched_run({anchor(r.structure) for r in removals if r.structure.tier is None})
@@ -126,13 +128,15 @@ class Workbench:
         """
         with silence(self.modules, (r for name, r in self.removals.items() if name not in gone)):
             if not path:
-                return difference(self.reference, self._rehearsal.run(self.model, self._args, self._kwargs))
+                args, kwargs = self._renumbering.inputs(self._args, self._kwargs, gone)
+                outputs = self._rehearsal.run(self.model, args, kwargs)
+                return difference(self._renumbering.outputs(self.reference, outputs, gone), outputs)
             call = self._calls[path]
             return difference(call.outputs, self._rehearsal.run(self.modules[path], call.args, call.kwargs))
 
     def _place_to_try(self, structure: Structure) -> str:
         """The anchor of ``structure`` if it can be run alone, else the whole model."""
-        path = anchor(structure)
+        path = "" if structure.kind == "vocab" else anchor(structure)  # ids are those of the whole model's call
         if path not in self._calls or not self._calls[path].outputs:
             return ""
         if path not in self._trusted:
@@ -216,6 +220,8 @@ class Workbench:
         that.
         """
         saved = {piece.parameter: self.tensors[piece.parameter].data for piece in structure.slices if piece.zero}
+        if not saved:
+            return True  # nothing makes its units silent; they are compared as they are
         noise = torch.randn(127, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         try:
             for name, data in saved.items():

@@ -16,7 +16,10 @@ def embedding(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     """Rows of a table; the row axis stays, the width is made here."""
     table, index = call["weight"], call["indices"]
     rows, width = trace.dims(table)
-    axes.pin(rows, REASON)
+    if len(trace.sources(table)) == 1:
+        trace.look_up(table, rows, index, REASON)
+    else:
+        axes.pin(rows, REASON)
     trace.note(table, width, "producer")
     return [[*trace.dims(index), width]]
 
