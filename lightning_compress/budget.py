@@ -170,8 +170,8 @@ class _Problem:
         for s in structures:
             if s.kind == "vocab":
                 raise ValueError(
-                    f"Expected structures among which a budget can choose, but got the vocabulary {s.name!r}: which ids "
-                    "a corpus needs is no question of importance. Plan it with PruningPlan.of(model, structures, "
+                    f"Expected structures among which a budget can choose, but got the vocabulary {s.name!r}: which "
+                    "ids a corpus needs is no question of importance. Plan it with PruningPlan.of(model, structures, "
                     "{name: used_ids(tokenizer, texts)})."
                 )
         polynomial = cost_polynomial(structures, metric)

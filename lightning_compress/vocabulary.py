@@ -103,7 +103,8 @@ def _backend(tokenizer: Any) -> Any:
     if type(backend).__module__.partition(".")[0] != "tokenizers" or not hasattr(backend, "to_str"):
         raise TypeError(
             "Expected a tokenizers.Tokenizer or a fast tokenizer of transformers, but got "
-            f"{type(tokenizer).__name__}. A slow tokenizer of transformers can be loaded as a fast one: AutoTokenizer.from_pretrained(name)."
+            f"{type(tokenizer).__name__}. A slow tokenizer of transformers can be loaded as a fast one: "
+            "AutoTokenizer.from_pretrained(name)."
         )
     return backend
 

@@ -10,7 +10,7 @@ verified by; the example call must use kept ids only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -57,11 +57,11 @@ class Renumbering:
         for look_up in trace(model, args, kwargs).look_ups:
             if look_up.table in tables and look_up.ids in inputs:
                 removal = tables[look_up.table]
-                self._numbers[look_up.ids] = (removal.structure.name, new_numbers(removal))  # type: ignore[index]
+                self._numbers[look_up.ids] = (removal.structure.name, new_numbers(removal))
         tree_map(self._renumbered(set(self._removals)), (tuple(args), dict(kwargs)))  # ids that go are refused now
 
     def inputs(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], gone: Sequence[str] | set[str]
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], gone: Collection[str]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The example call in new ids, for the vocabularies among ``gone``."""
         if not self._removals.keys() & set(gone):
@@ -69,7 +69,7 @@ class Renumbering:
         new_args, new_kwargs = tree_map(self._renumbered(set(gone)), (tuple(args), dict(kwargs)))
         return new_args, new_kwargs
 
-    def outputs(self, reference: Outputs, small: Outputs, gone: Sequence[str] | set[str]) -> Outputs:
+    def outputs(self, reference: Outputs, small: Outputs, gone: Collection[str]) -> Outputs:
         """``reference`` at the ids that stay, wherever ``small`` has that many in place of all."""
         result = dict(reference)
         for name in self._removals.keys() & set(gone):
