@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_compress.plan import PruningPlan
 from lightning_compress.structures import Edit, Structure, Tier, named_tensors
+from lightning_compress.surgery.calibration import calibrate
 from lightning_compress.surgery.edits import Removal, install, kept_axes, once, zeroed_axes
 from lightning_compress.surgery.errors import SurgeryError
 from lightning_compress.surgery.guards import check_plain, check_sharing, check_values, check_weights
@@ -187,6 +188,7 @@ def _find_ways(
     """Every removal with its way, and the error of all of them together on perturbed weights."""
     buffers = {p for r in removals for p in r.structure.parameters}
     with DoubleWeights(model, perturbed=True, buffers=buffers), Rehearsal(model) as rehearsal:
+        calibrate(rehearsal, model, args, kwargs)
         bench = Workbench(rehearsal, model, structures, removals, args, kwargs, tolerance)
         ways, failures = bench.resolve()
         if failures:

@@ -149,7 +149,7 @@ def selections(found: Sequence[Candidate], limit: int) -> Iterator[tuple[Candida
     """
     first: dict[tuple[Any, ...], Candidate] = {}
     for candidate in found:
-        first.setdefault(candidate.key[:-1], candidate)
+        first.setdefault((*candidate.key[:-1], candidate.modules), candidate)
     whole = tuple(first.values())
     ordered: Iterator[tuple[Candidate, ...]] = chain(
         [(), whole],
@@ -166,7 +166,8 @@ def selections(found: Sequence[Candidate], limit: int) -> Iterator[tuple[Candida
     def fresh() -> Iterator[tuple[Candidate, ...]]:
         for selection in ordered:
             chosen = frozenset(selection)
-            if chosen not in seen and len({c.key[:-1] for c in selection}) == len(selection):
+            written = [(module, c.attribute) for c in selection for module in c.modules]
+            if chosen not in seen and len(set(written)) == len(written):
                 seen.add(chosen)
                 yield selection
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_compress.discovery.outputs import flatten
 
@@ -197,6 +198,17 @@ class DoubleWeights:
             if gradient is not None:
                 tensor.grad = gradient
         self._saved.clear()
+
+
+def add_noise(value: Any) -> Any:
+    """A copy of a nested argument (see ``to_double``) with noise of unit size on floating-point tensors."""
+    noise = torch.randn(1009, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    copied = to_double(value)
+    for tensor in tree_leaves(copied):
+        if isinstance(tensor, Tensor) and tensor.dtype == torch.float64 and tensor.numel():
+            wanted = -(-tensor.numel() // noise.numel())
+            tensor.add_(noise.to(tensor.device).repeat(wanted)[: tensor.numel()].view(tensor.shape))
+    return copied
 
 
 def add_tiled(noise: Tensor, tensor: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_compress.discovery.tracer import output_tensors
 from lightning_compress.structures import Pinned, Structure, Structures, named_tensors
 from lightning_compress.surgery.apply import TOLERANCE
+from lightning_compress.surgery.calibration import calibrate
 from lightning_compress.surgery.edits import Removal, kept_axes, once
 from lightning_compress.surgery.errors import SurgeryError
 from lightning_compress.surgery.guards import check_plain, check_sharing, check_values, check_weights
@@ -74,6 +75,7 @@ def prove(
             Rehearsal(model) as rehearsal,
         ):
             known = [r.structure for r in removals]
+            calibrate(rehearsal, model, args, dict(kwargs or {}))
             bench = Workbench(rehearsal, model, known, removals, args, dict(kwargs or {}), tolerance)
             ways, failures = bench.resolve()
         pinned += [_pin(structures[name], reason) for name, reason in failures.items()]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_compress.polynomials import Polynomial
-from lightning_compress.structures import AttributeEdit, Edit, ShimEdit, Structure, Tier
+from lightning_compress.structures import AttributeEdit, Edit, ShimEdit, Slice, Structure, Tier
 from lightning_compress.surgery.attributes import Candidate
 from lightning_compress.surgery.edits import Removal
 
@@ -34,6 +34,17 @@ def edited(removal: Removal, tier: Tier, base: Sequence[Edit], chosen: Iterable[
 def without_companions(structure: Structure) -> Structure:
     """``structure`` with only its producers and consumers: a shim keeps the width of everything between them."""
     return replace(structure, slices=tuple(piece for piece in structure.slices if piece.role != "companion"))
+
+
+def only_carried(structure: Structure, carried: Callable[[Slice], bool]) -> Structure:
+    """``structure`` with only the producers and consumers that ``carried`` holds of; other tensors stay whole.
+
+    A tensor that stays whole reads zeros where units are gone, so its units must be silent before it: where one that
+    is to be zeroed stays whole, the remaining producers are zeroed.
+    """
+    kept = [piece for piece in structure.slices if piece.role != "companion" and carried(piece)]
+    lost = any(p.zero and p.role == "consumer" for p in structure.slices if not carried(p))
+    return replace(structure, slices=tuple(replace(p, zero=True) if lost and p.role == "producer" else p for p in kept))
 
 
 def harmonised(ways: Mapping[str, Removal]) -> dict[str, Removal]:

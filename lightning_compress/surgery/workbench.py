@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_compress.structures import CoreEdit, Edit, ShimEdit, Structure, Tier, named_tensors
+from lightning_compress.structures import CoreEdit, Edit, ShimEdit, Slice, Structure, Tier, named_tensors
 from lightning_compress.surgery.attributes import (
     Candidate,
     anchor,
@@ -29,12 +29,13 @@ from lightning_compress.surgery.attributes import (
     selections,
 )
 from lightning_compress.surgery.edits import Removal, faced_side, install, shim_dim, zeroed_axes
-from lightning_compress.surgery.precision import add_tiled, to_double, zero_positions
+from lightning_compress.surgery.precision import add_noise, add_tiled, to_double, zero_positions
 from lightning_compress.surgery.renumber import Renumbering
+from lightning_compress.surgery.shim import Side
 from lightning_compress.surgery.silence import silence
 from lightning_compress.surgery.transaction import Transaction
 from lightning_compress.surgery.verify import Mismatch, Outputs, Rehearsal, difference, flatten
-from lightning_compress.surgery.ways import Found, edited, frozen_shims, harmonised, without_companions
+from lightning_compress.surgery.ways import Found, edited, frozen_shims, harmonised, only_carried, without_companions
 
 # Forward passes that the search for the attributes of one structure may take, per place where it looks.
 ATTEMPTS = 64
@@ -91,9 +92,11 @@ class Workbench:
         self._unread_by_kind: dict[tuple[Any, ...], frozenset[str]] = {}
 
         self._renumbering = Renumbering(model, removals, args, kwargs)
+        loose = {p.parameter for r in removals for p in r.structure.slices if p.zero and not self._sides(p)}
+        self._unzeroed = {name: self.tensors[name].data.clone() for name in loose}
         zero_positions(self.tensors, zeroed_axes(removals))
         with silence(self.modules, removals):
-            self.reference = self._watched_run({anchor(r.structure) for r in removals if r.structure.tier is None})
+            self.reference = self._watched_run({self._place(r.structure) for r in removals if r.structure.tier is None})
 
     # Runs
 
@@ -134,9 +137,16 @@ class Workbench:
             call = self._calls[path]
             return difference(call.outputs, self._rehearsal.run(self.modules[path], call.args, call.kwargs))
 
-    def _place_to_try(self, structure: Structure) -> str:
-        """The anchor of ``structure`` if it can be run alone, else the whole model."""
+    def _place(self, structure: Structure) -> str:
+        """The innermost module around ``structure`` that can be called at all: a list of modules cannot."""
         path = "" if structure.kind == "vocab" else anchor(structure)  # ids are those of the whole model's call
+        while path and type(self.modules[path]).forward is nn.Module.forward:
+            path = owner_path(path)
+        return path
+
+    def _place_to_try(self, structure: Structure) -> str:
+        """The innermost module around ``structure`` if it can be run alone, else the whole model."""
+        path = self._place(structure)
         if path not in self._calls or not self._calls[path].outputs:
             return ""
         if path not in self._trusted:
@@ -185,12 +195,27 @@ class Workbench:
         """Error with ``removals`` carried out, then rolled back; raises what the forward or the edits raise."""
         names = {r.structure.name for r in removals}
         bystanders = [s for s in self.structures.values() if s.name not in names]
-        transaction = Transaction(self._touched(removals))
+        transaction = Transaction(self._touched([*removals, *(self.removals[n] for n in names)]))
         try:
+            self._unzero(removals)
             install(self.modules, removals, self.tensors, bystanders, gradients=False)
             return self._compare(path, names)
         finally:
             transaction.rollback()
+
+    def _unzero(self, removals: Sequence[Removal]) -> None:
+        """Give tensors their values back that ``removals`` leave whole although their structure was found with them."""
+        now = {r.structure.name: r for r in removals}
+        whole = {
+            piece.parameter
+            for name, removal in now.items()
+            for piece in self.removals[name].structure.slices
+            if piece.zero and piece not in removal.structure.slices and piece.parameter in self._unzeroed
+        }
+        zeroed = zeroed_axes({**self.removals, **now}.values())
+        for name in whole:
+            self.tensors[name].data = self._unzeroed[name].clone()
+        zero_positions(self.tensors, {place: positions for place, positions in zeroed.items() if place[0] in whole})
 
     def _touched(self, removals: Sequence[Removal]) -> list[nn.Module]:
         """The modules that carrying out ``removals`` changes."""
@@ -239,20 +264,60 @@ class Workbench:
     def find(self, removal: Removal) -> Found | str:
         """The first way in which ``removal`` goes alone, or the reasons why none does."""
         place = self._place_to_try(removal.structure)
-        if not self.influences(removal.structure, place):
-            return NO_INFLUENCE
+        if not self.influences(removal.structure, place) and not self._enlivened(removal.structure, place):
+            return self._find_silent(removal, place)
         native = self._find_native(removal, place)
         if isinstance(native, Found):
             return native
         shim = self._find_shim(removal, place)
         return shim if isinstance(shim, Found) else f"native removal: {native}; scatter/gather shim: {shim}"
 
+    def _enlivened(self, structure: Structure, place: str) -> bool:
+        """Whether ``structure`` influences the module ``place`` on other inputs than those of the example.
+
+        Its inputs may all be equal or zero (the queries that a decoder starts from). The module is then compared on
+        perturbed inputs from now on.
+        """
+        if not place:
+            return False
+        before = self._calls[place]
+        args, kwargs = add_noise((before.args, before.kwargs))
+        try:
+            with silence(self.modules, self.removals.values()):
+                outputs = self._rehearsal.run(self.modules[place], args, kwargs)
+            outputs = {key: output for key, output in outputs.items() if key in before.outputs}
+            self._calls[place] = Call(args, kwargs, outputs)
+            if difference(outputs, outputs) == 0 and self.influences(structure, place):
+                return True
+        except Exception:  # foreign code, and inputs that it does not expect
+            pass
+        self._calls[place] = before
+        return False
+
+    def _find_silent(self, removal: Removal, place: str) -> Found | str:
+        """A removal that is exact whatever the inputs are: zeros in the place of rows that are zero.
+
+        Where all slices make units whose silence means that they are zero, scattering the output of the smaller layer
+        into zeros is what the zeroed layer computes. No influence is needed to know that.
+        """
+        structure = without_companions(removal.structure)
+        edits = self._shim_edits(structure)
+        if (
+            isinstance(edits, str)
+            or any(edit.side == "input" for edit in edits)
+            or not all(piece.zero for piece in structure.slices)
+        ):
+            return NO_INFLUENCE
+        found = self._find_shim(replace(removal, structure=structure), place)
+        return found if isinstance(found, Found) else NO_INFLUENCE
+
     def as_like(self, found: Found, removal: Removal) -> Removal | None:
         """``removal`` in the way that was found for a look-alike, or None where it has no such candidates."""
         assert found.structure.tier is not None
         if found.structure.tier == "shim":
-            if not any(piece.role == "companion" for piece in found.structure.slices):
-                removal = replace(removal, structure=without_companions(removal.structure))
+            parts = len(found.structure.slices)
+            alike = [s for s in self._shim_variants(removal.structure) if len(s.slices) == parts]
+            removal = replace(removal, structure=alike[0] if alike else removal.structure)
             base: tuple[Edit, ...] | str = self._shim_edits(removal.structure)
             if isinstance(base, str):
                 return None
@@ -283,7 +348,7 @@ class Workbench:
 
     def _find_shim(self, removal: Removal, place: str) -> Found | str:
         reasons = []
-        for structure in dict.fromkeys((removal.structure, without_companions(removal.structure))):
+        for structure in self._shim_variants(removal.structure):
             base = self._shim_edits(structure)
             if isinstance(base, str):
                 reasons.append(base)
@@ -297,30 +362,40 @@ class Workbench:
             reasons.append(found)
         return reasons[0]
 
+    def _shim_variants(self, structure: Structure) -> list[Structure]:
+        """What of ``structure`` a shim may cut: everything, its weights, its weights in layers; no part twice."""
+        variants = [structure, without_companions(structure)]
+        variants.append(only_carried(structure, lambda piece: bool(self._sides(piece))))
+        return [v for v in dict.fromkeys(variants) if any(piece.zero for piece in v.slices)]
+
+    def _sides(self, piece: Slice) -> tuple[Side, ...]:
+        """Sides of the layer around ``piece`` that carry its units; none if it belongs to no layer."""
+        module = self.modules[owner_path(piece.parameter)]
+        if any(True for _ in module.children()) or isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+            return ()
+        return faced_side(module, piece)
+
     def _shim_edits(self, structure: Structure) -> tuple[ShimEdit, ...] | str:
         edits: dict[ShimEdit, None] = {}
         for piece in structure.slices:
-            path = owner_path(piece.parameter)
-            module = self.modules[path]
-            sides = faced_side(module, piece)
-            if (
-                not sides
-                or any(True for _ in module.children())
-                or isinstance(module, nn.MultiheadAttention | nn.RNNBase)
-            ):
+            sides = self._sides(piece)
+            if not sides:
                 return f"{piece.parameter!r} belongs to no layer whose output or input carries the units"
+            path = owner_path(piece.parameter)
             for side in sides:
-                edits.setdefault(ShimEdit(path, side, shim_dim(module)))
+                edits.setdefault(ShimEdit(path, side, shim_dim(self.modules[path])))
         return tuple(edits)
 
     def _search(
         self, removal: Removal, tier: Tier, base: tuple[Edit, ...], pools: Sequence[tuple[str, list[Candidate], int]]
     ) -> Found | str:
         reasons: Counter[str] = Counter()
-        for number, (place, pool, limit) in enumerate(pools):
+        tried: set[tuple[str, frozenset[Candidate]]] = set()
+        for place, pool, limit in pools:
             for selection in selections(pool, limit):
-                if number and not selection:
+                if (place, frozenset(selection)) in tried:
                     continue
+                tried.add((place, frozenset(selection)))
                 reason = self.attempt([edited(removal, tier, base, selection)], place)
                 if reason is not None:
                     reasons[reason] += 1
@@ -366,12 +441,10 @@ class Workbench:
             way = None if found is None else self.as_like(found, removal)
             if found is not None and way is not None:
                 # where the first of them could be run alone, so can this one
-                local = anchor(removal.structure) if self._place_to_try(found.structure) else ""
+                local = self._place(removal.structure) if self._place_to_try(found.structure) else ""
                 if self.influences(removal.structure, local if local in self._calls else ""):
                     ways[name] = way
-                else:
-                    failures[name] = NO_INFLUENCE
-                continue
+                    continue
             if refusals and max(refusals.values()) > 1:  # look-alikes failed alike: the others would, too
                 failures[name] = refusals.most_common(1)[0][0]
                 continue
