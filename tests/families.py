@@ -101,6 +101,15 @@ TRANSFORMERS: dict[str, Example] = {
         num_experts_per_tok=2,
         experts_implementation="eager",
     ),
+    "Mixtral, grouped products": _transformers(
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        CAUSAL_CALL,
+        **{**DECODER, "intermediate_size": 72},  # the kernel wants rows of 16 bytes
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        experts_implementation="grouped_mm",
+    ),
     "Marian": _transformers(
         "MarianMTModel", "MarianConfig", SEQ2SEQ_CALL, **SEQ2SEQ, pad_token_id=0, decoder_start_token_id=0
     ),
@@ -202,7 +211,7 @@ class EinopsAttention(nn.Module):
 
 
 class PatchTransformer(nn.Module):
-    """Patches cut out by rearrange, a class token, one packed rearrange into three."""
+    """Patches cut out by rearrange, a class token, one packed rearrange into three with its sizes written down."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -296,6 +305,18 @@ class InPlace(nn.Module):
         return out
 
 
+class Perceptron(nn.Module):
+    """The block after an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = nn.LayerNorm(WIDTH), nn.GELU()
+        self.up, self.down = nn.Linear(WIDTH, FFN), nn.Linear(FFN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.act(self.up(self.norm(x))))
+
+
 class GatedChunk(nn.Module):
     """One projection for gate and value, in the three usual spellings."""
 
@@ -379,12 +400,13 @@ def _encoder(*parts: nn.Module) -> nn.Module:
 
 
 BY_HAND: dict[str, Example] = {
-    "einops": Example(lambda: _encoder(EinopsAttention(), GatedChunk()), (SEQUENCE,)),
+    "einops": Example(lambda: _encoder(EinopsAttention(), Perceptron()), (SEQUENCE,)),
     "einops, patches": Example(PatchTransformer, (IMAGE,)),
-    "chunk(3) and sdpa": Example(lambda: _encoder(ChunkedAttention(), GatedChunk()), (SEQUENCE,)),
-    "einsum": Example(lambda: _encoder(EinsumAttention(), GatedChunk()), (SEQUENCE,)),
+    "chunk(3) and sdpa": Example(lambda: _encoder(ChunkedAttention(), Perceptron()), (SEQUENCE,)),
+    "einsum": Example(lambda: _encoder(EinsumAttention(), Perceptron()), (SEQUENCE,)),
+    "gates in one projection": Example(lambda: _encoder(GatedChunk()), (SEQUENCE,)),
     "functional weights": Example(lambda: SequenceClassifier(FunctionalWeights()), (SEQUENCE,)),
-    "in-place operations": Example(lambda: _encoder(InPlace(), AttentionList()), (SEQUENCE,)),
+    "in-place operations": Example(lambda: _encoder(InPlace()), (SEQUENCE,)),
     "list of heads": Example(lambda: SequenceClassifier(AttentionList()), (SEQUENCE,)),
     "cross attention, bmm": Example(CrossAttention, (SEQUENCE, _noise(2, 6, 21))),
     "nn.Sequential": Example(convolutional, (IMAGE,)),

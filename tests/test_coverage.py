@@ -25,12 +25,14 @@ HEADER, TABLE = ROWS[0], {row[0]: row[1:] for row in ROWS[2:]}
 COLUMNS = [next(k for k in (*TITLES, title) if TITLES.get(k, k) == title) for title in HEADER[1:-2]]
 
 ATTENTION = {"head", "qk_dim", "vo_dim"}
-WITHOUT_ATTENTION = {"MLP", "LSTM", "ResNet", "depthwise CNN", "nn.Sequential", "ConvNeXt"}
+WITHOUT_ATTENTION = {
+    *("MLP", "LSTM", "ResNet", "depthwise CNN", "nn.Sequential", "ConvNeXt"),
+    *("gates in one projection", "in-place operations"),
+}
 # Kinds of which a family has none that could be removed, and why.
 LACKING = {
     "Qwen3": {"qk_dim"},  # queries and keys are normalised over their dims
-    "in-place operations": {"head"},  # one projection for each head
-    "list of heads": {"head"},
+    "list of heads": {"head"},  # one projection for each
 }
 # Where the weights are no layer's own and forward names their sizes, nothing can be put in between.
 REFUSED = {"functional weights": ATTENTION}
@@ -43,7 +45,8 @@ def test_family(name: str) -> None:
     verdict = examine(example.build, example.args, example.kwargs, name)
     assert not verdict.flags, verdict.notes
     assert verdict.smaller
-    assert verdict.error is not None and verdict.error <= 1e-6
+    single = any("examined in float32" in note for note in verdict.notes)
+    assert verdict.error is not None and verdict.error <= (1e-4 if single else 1e-6)
     assert verdict.effect is not None and verdict.effect > 1e-6  # zeroing did something
     assert row_of(verdict, COLUMNS)[1:-1] == TABLE[name][:-1], f"{PAGE.name}: run {coverage.COMMAND}"
 
@@ -53,6 +56,8 @@ def test_family(name: str) -> None:
     assert exact & {"ffn", "channel"} or "attention" in name or "heads" in name
     if not (name in WITHOUT_ATTENTION or name.startswith("ResNet")):
         assert ATTENTION - exact == LACKING.get(name, set()) | REFUSED.get(name, set())
+    for kind in LACKING.get(name, set()) - {"head"}:
+        assert cell(verdict.kinds[kind]).startswith("whole")  # with the reason
 
 
 def test_the_page_lists_every_family() -> None:

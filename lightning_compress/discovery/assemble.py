@@ -45,7 +45,7 @@ class Family:
         marks = self.atom.marks
         if "looked up" in marks or self.answers:
             return "vocab"
-        if "normalised" in marks:
+        if "normalised" in marks and "contracted" not in marks:  # queries and keys may be normalised, too
             return "hidden"
         if "batched" in marks:
             return "head"

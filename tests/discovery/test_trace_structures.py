@@ -241,6 +241,11 @@ FREE = {
         ROWS,
         {("ffn", 30): 1},
     ),
+    "learned slopes": (
+        Lambda(lambda s, x: s.b(s.p(s.a(x))), a=A(), p=nn.PReLU(50), b=B()),
+        ROWS,
+        {("ffn", 50): 1},
+    ),
     "weight normalisation": (
         Lambda(lambda s, x: s.b(F.relu(s.a(x))), a=nn.utils.parametrizations.weight_norm(nn.Linear(21, 50)), b=B()),
         ROWS,
@@ -327,6 +332,15 @@ def test_stays_whole(name):
     (pinned,) = (p for p in structures.pinned if p.units == 50)
     assert pinned.parameters[:2] == ("a.weight", "a.bias")
     assert reason in pinned.reasons
+
+
+def test_normalised_queries_are_queries():
+    """Their dims stay whole, and the reason is found under Q/K dims."""
+    model = Lambda(
+        lambda s, x: s.b(F.layer_norm(s.a(x), (50,)) @ F.layer_norm(s.k(x), (50,)).mT), a=A(), k=A(), b=nn.Linear(6, 7)
+    )
+    (pinned,) = (p for p in trace_structures(model, (ROWS,)).pinned if p.units == 50)
+    assert pinned.kind == "qk_dim" and "it is normalised over (native_layer_norm)" in pinned.reasons
 
 
 def test_what_nobody_uses_pins_nothing():

@@ -9,7 +9,7 @@ from lightning_compress.discovery.rules.registry import Call, Dims, rule
 ELEMENTWISE = (
     "elementwise clone _to_copy to alias detach contiguous masked_fill where copy fill zero lift_fresh lift_fresh_copy "
     "zeros_like ones_like full_like empty_like rand_like randn_like native_dropout dropout bernoulli uniform normal "
-    "gelu silu _conj view_as_real nan_to_num _unsafe_masked_fill"
+    "gelu silu _prelu_kernel _conj view_as_real nan_to_num _unsafe_masked_fill"
 ).split()
 
 
