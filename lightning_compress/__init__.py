@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_compress.analysis import discover, explain
 from lightning_compress.budget import BudgetWarning, kept_fraction, make_plan, select
 from lightning_compress.distillation_losses import logits_kl, output_mse
+from lightning_compress.explanation import Explanation
 from lightning_compress.importance import TaylorAccumulator, unit_norms, unit_scores
 from lightning_compress.plan import PruningPlan
 from lightning_compress.polynomials import Polynomial
@@ -40,6 +41,7 @@ __all__ = [
     "BudgetWarning",
     "CompressionReport",
     "Distillation",
+    "Explanation",
     "FinalizeCompression",
     "Polynomial",
     "PruningPlan",

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from lightning_compress.discovery import trace_structures
+from lightning_compress.discovery.valueless import lacking_values
+from lightning_compress.explanation import Explanation, explanation_of
 from lightning_compress.structures import Structures
 from lightning_compress.surgery import prove as prove_structures
 
@@ -51,39 +53,29 @@ def explain(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     kinds: Sequence[str] | str | None = None,
-    prove: bool = True,
-) -> str:
-    """The structures of a model as a table, and below it what stays whole and why.
+    prove: bool | None = None,
+) -> Explanation:
+    """What can be removed and what stays whole and why, with shares of the parameters; print it.
 
     Args:
         model: a module, which is then discovered, or structures that ``discover`` returned.
         args: see ``discover``; not used for structures.
         kwargs: see ``discover``.
         kinds: see ``discover``.
-        prove: see ``discover``.
+        prove: see ``discover``; by default where the model has weights (it is not on the meta device).
+
+    Returns:
+        Rows for structures and for what stays whole, look-alikes together; ``str`` of it is the text.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> explanation = explain(model, (torch.randn(3, 4),))
+    >>> [(row.title, row.units, row.tier) for row in explanation.structures], explanation.prunable
+    ([('ffn', 8, 'native')], 56)
     """
-    structures = model if isinstance(model, Structures) else discover(model, args, kwargs, kinds, prove)
-    tiers = {"native": "native", "shim": "scatter/gather shim", None: "not proven yet"}
-    rows = [(s.name, s.kind, str(s.units), tiers[s.tier]) for s in structures]
-    lines = _table(("structure", "kind", "units", "removal"), rows) if rows else ["No structure can be removed."]
-    if structures.pinned:
-        lines += ["", "Stays whole:"]
-        reasons: dict[tuple[str, ...], list[str]] = {}
-        for family in structures.pinned:
-            reasons.setdefault(family.reasons, []).append(f"{family.name} ({family.units} units)")
-        for why, names in reasons.items():
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            lines.append(f"  {shown}:")
-            lines += [f"    {reason}" for reason in why]
-    return "\n".join(lines)
-
-
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    cells = [header, tuple("-" * width for width in widths), *rows]
-    return [
-        "  ".join(
-            c.rjust(w) if i == 2 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
+    if isinstance(model, Structures):
+        return explanation_of(model)
+    if prove is None:
+        prove = not lacking_values(model)
+    return explanation_of(discover(model, args, kwargs, kinds, prove))

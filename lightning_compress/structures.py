@@ -8,8 +8,8 @@ them, with the exact cost of the model as a function of
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Literal
 
@@ -182,6 +182,7 @@ class Pinned:
         units: number of units.
         parameters: names of the parameters that share the axis.
         reasons: sentences; each names the operation and the module where the units stopped being interchangeable.
+        positions: (parameter, axis) -> positions of that axis that its units own; empty where that is not known.
     """
 
     name: str
@@ -189,6 +190,7 @@ class Pinned:
     units: int
     parameters: tuple[str, ...]
     reasons: tuple[str, ...]
+    positions: Mapping[tuple[str, int], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
 
 class Structures(list[Structure]):
@@ -200,6 +202,7 @@ class Structures(list[Structure]):
         activation_macs: the same for products of two activations (attention scores and mixing).
         params: number of elements of the parameters, as such a polynomial.
         pinned: families that stay whole, with reasons.
+        shapes: shape of every parameter of the traced model, a shared one once; empty where that is not known.
     """
 
     def __init__(
@@ -210,12 +213,14 @@ class Structures(list[Structure]):
         activation_macs: Polynomial | None = None,
         params: Polynomial | None = None,
         pinned: Iterable[Pinned] = (),
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         super().__init__(structures)
         self.weight_macs = weight_macs if weight_macs is not None else Polynomial()
         self.activation_macs = activation_macs if activation_macs is not None else Polynomial()
         self.params = params if params is not None else Polynomial()
         self.pinned: tuple[Pinned, ...] = tuple(pinned)
+        self.shapes: dict[str, tuple[int, ...]] = dict(shapes or {})
         names = [s.name for s in self]
         if len(set(names)) != len(names):
             twice = sorted({n for n in names if names.count(n) > 1})
@@ -261,6 +266,7 @@ class Structures(list[Structure]):
             activation_macs=self.activation_macs.substitute(gone),
             params=self.params.substitute(gone),
             pinned=self.pinned if pinned is None else pinned,
+            shapes=self.shapes,
         )
 
     def of_kind(self, *kinds: str) -> Structures:

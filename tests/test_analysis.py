@@ -36,19 +36,30 @@ def test_discover_refuses_unknown_kinds_and_wrapped_models() -> None:
 
 def test_explain_shows_structures_and_what_stays_whole() -> None:
     example = MODELS["packed attention, literal sizes"]
-    text = explain(example.model(), example.args)
+    text = str(explain(example.model(), example.args))
     lines = text.splitlines()
-    assert lines[0].split() == ["structure", "kind", "units", "removal"] and set(lines[1]) == {"-", " "}
-    assert lines[2].split(maxsplit=3) == ["body.head", "head", "5", "scatter/gather shim"]
+    assert lines[0].split() == ["structure", "kind", "units", "removal", "parameters"] and set(lines[1]) == {"-", " "}
+    assert lines[2].split(maxsplit=3)[:3] == ["body.head", "head", "5"] and "scatter/gather shim" in lines[2]
     assert "Stays whole:" in lines and "(60 units)" in text
     assert all(len(line) < 200 for line in lines)
 
 
 def test_explain_takes_structures() -> None:
-    text = explain(discover(mlp(), (X,)))
-    assert text.splitlines()[2].split(maxsplit=3) == ["ffn", "ffn", "8", "not proven yet"]
+    text = str(explain(discover(mlp(), (X,))))
+    assert text.splitlines()[2].split() == ["ffn", "ffn", "8", "not", "proven", "yet", "96.6%"]
 
 
 def test_explain_says_that_nothing_can_go_and_why() -> None:
-    text = explain(nn.Linear(4, 2), (X,))
+    text = str(explain(nn.Linear(4, 2), (X,)))
     assert text.startswith("No structure can be removed.")
+    assert "it is returned by the model" in text
+    assert "Of 10 parameters 0.0% belong to a structure" in text and "100.0% only to families that stay whole" in text
+
+
+def test_explain_without_weights_is_not_proven() -> None:
+    with torch.device("meta"):
+        model = mlp()
+    explanation = explain(model, (X,))
+    assert [row.tier for row in explanation.structures] == [None] and "not proven yet" in str(explanation)
+    with pytest.raises(SurgeryError, match="weights with values"):
+        explain(model, (X,), prove=True)

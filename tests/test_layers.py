@@ -12,7 +12,7 @@ LAYERS = (  # from low to high: a module imports from its own layer and from tho
     {"structures", "plan", "plan_format"},
     {"discovery", "importance", "costs", "unit_groups"},
     {"budget", "surgery", "tokens", "quantization"},
-    {"analysis", "report", "export", "vocabulary"},
+    {"analysis", "explanation", "report", "export", "vocabulary"},
     {"callbacks"},
 )
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}

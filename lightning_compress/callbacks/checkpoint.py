@@ -25,7 +25,7 @@ def structures_state(model: nn.Module, structures: Structures) -> dict[str, Any]
 
 def structures_from_state(state: Mapping[str, Any]) -> Structures:
     """What ``structures_state`` has described."""
-    costs = {
+    costs: dict[str, Any] = {
         name: Polynomial({tuple(key): coefficient for key, coefficient in state[name]})
         for name in ("weight_macs", "activation_macs", "params")
     }

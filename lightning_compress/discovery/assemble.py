@@ -119,9 +119,11 @@ def assemble(trace: Trace, kinds: Sequence[str]) -> Structures:
                 f.atom.size,
                 tuple(dict.fromkeys(p for p, _ in f.places)),
                 tuple(sorted(f.atom.reasons)),
+                _positions(trace, f),
             )
             for f, name in zip(pinned, pinned_names, strict=True)
         ],
+        shapes={m.name: tuple(m.tensor.shape) for m in trace.members.values() if m.is_parameter},
     )
 
 
@@ -257,6 +259,13 @@ def _slices(trace: Trace, family: Family) -> tuple[Slice, ...]:
         zero = role == "consumer" or ("producer" in roles and silence_producers)
         slices.append(Slice(name, position, axis.size, indices, role, zero))  # type: ignore[arg-type]
     return tuple(slices)
+
+
+def _positions(trace: Trace, family: Family) -> dict[tuple[str, int], Tensor]:
+    found = {}
+    for (name, position), axis in zip(family.places, _axes_of(trace, family), strict=True):
+        found[name, position] = (unit_numbers(axis, family.atom) >= 0).nonzero().reshape(-1)
+    return found
 
 
 def size_of(axis: Axis, variables: dict[int, Polynomial]) -> Polynomial:

@@ -120,4 +120,5 @@ def _unused_id(structure: Structure, args: Sequence[Any], kwargs: Mapping[str, A
 
 
 def _pin(structure: Structure, reason: str) -> Pinned:
-    return Pinned(structure.name, structure.kind, structure.units, structure.parameters, (reason,))
+    positions = {(s.parameter, s.axis): s.indices.reshape(-1) for s in structure.slices}
+    return Pinned(structure.name, structure.kind, structure.units, structure.parameters, (reason,), positions)
