@@ -10,6 +10,7 @@ from lightning_compress.analysis import discover, explain
 from lightning_compress.budget import BudgetWarning, kept_fraction, make_plan, select
 from lightning_compress.distillation_losses import logits_kl, output_mse
 from lightning_compress.explanation import Explanation
+from lightning_compress.export import CheckpointReport, apply_plan_to_checkpoint, checkpoint_scores
 from lightning_compress.importance import TaylorAccumulator, unit_norms, unit_scores
 from lightning_compress.plan import PruningPlan
 from lightning_compress.polynomials import Polynomial
@@ -39,6 +40,7 @@ __all__ = [
     "EXACT_KINDS",
     "KINDS",
     "BudgetWarning",
+    "CheckpointReport",
     "CompressionReport",
     "Distillation",
     "Explanation",
@@ -54,7 +56,9 @@ __all__ = [
     "TaylorAccumulator",
     "UnitGroups",
     "apply_plan",
+    "apply_plan_to_checkpoint",
     "block_group_lasso",
+    "checkpoint_scores",
     "count_parameters",
     "discover",
     "explain",
