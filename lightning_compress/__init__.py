@@ -24,6 +24,7 @@ from lightning_compress.regularizers import (
     trimmed_group_lasso_factors,
 )
 from lightning_compress.report import CompressionReport, count_parameters, file_size, measure_latency
+from lightning_compress.saving import load_compressed, save_compressed
 from lightning_compress.structures import EXACT_KINDS, KINDS, Slice, Structure, Structures
 from lightning_compress.surgery import SurgeryError, SurgeryReport, apply_plan, zero_units
 from lightning_compress.unit_groups import UnitGroups
@@ -68,10 +69,12 @@ __all__ = [
     "hoyer_square",
     "hoyer_square_factors",
     "kept_fraction",
+    "load_compressed",
     "logits_kl",
     "make_plan",
     "measure_latency",
     "output_mse",
+    "save_compressed",
     "select",
     "trim_tokenizer",
     "trimmed_group_lasso",

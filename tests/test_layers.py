@@ -9,10 +9,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (  # from low to high: a module imports from its own layer and from those before it
     {"regularizers", "schedules", "polynomials", "selection", "distillation_losses", "quantizers", "token_scores"},
-    {"structures", "plan", "plan_format"},
+    {"structures", "plan", "plan_format", "strict_json"},
     {"discovery", "importance", "costs", "unit_groups"},
     {"budget", "surgery", "tokens", "quantization"},
-    {"analysis", "explanation", "report", "export", "vocabulary"},
+    {"analysis", "explanation", "report", "export", "saving", "vocabulary"},
     {"callbacks"},
 )
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}

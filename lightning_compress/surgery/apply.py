@@ -18,6 +18,7 @@ from lightning_compress.surgery.errors import SurgeryError
 from lightning_compress.surgery.guards import check_plain, check_sharing, check_values, check_weights
 from lightning_compress.surgery.optimizer_state import check_optimizers, cut_state
 from lightning_compress.surgery.precision import DoubleWeights, zero_positions
+from lightning_compress.surgery.record import dense_config, remember
 from lightning_compress.surgery.renumber import Renumbering
 from lightning_compress.surgery.silence import silence
 from lightning_compress.surgery.transaction import Transaction
@@ -138,7 +139,7 @@ def apply_plan(
     if verify is not None:
         check_values(model, "verification")
     tensors = named_tensors(model)
-    before = _count(model)
+    before, config = _count(model), dense_config(model)
     kept = once(kept_axes(removals), tensors)
     check_weights(model, tensors, kept)
     check_sharing(tensors, kept)
@@ -164,6 +165,8 @@ def apply_plan(
 
     ways = {r.structure.name: r.structure for r in removals}
     done = replace(plan, structures=tuple(ways.get(s.name, s) for s in plan.structures))
+    if removals:
+        remember(model, done, config)
     return SurgeryReport(
         structures=tuple(
             StructureReport(s.name, s.kind, s.units, len(done.kept[s.name]), s.tier, s.edits) for s in done.structures
