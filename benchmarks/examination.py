@@ -225,7 +225,8 @@ def prepared(build: Callable[[], nn.Module], dtype: torch.dtype = torch.float64)
     """The model in evaluation mode, with nothing left at a value that would hide a mistake."""
     torch.manual_seed(0)
     random.seed(0)
-    model = build().eval().to(dtype)
+    model = build().eval()
+    model._apply(lambda t: t.to(dtype.to_complex() if t.is_complex() else dtype if t.is_floating_point() else t.dtype))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -590,7 +591,7 @@ def _copied(
         other = prepared(build, how.dtype)
         other.load_state_dict(model.state_dict())
         other_optimizer = adam(other)
-        other_optimizer.load_state_dict(optimizer.state_dict())
+        other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # else they share counters
         return other, other_optimizer
 
 

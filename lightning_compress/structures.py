@@ -298,6 +298,16 @@ def check_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
     return kinds
 
 
+def owner_path(parameter: str) -> str:
+    """Path of the module that a tensor belongs to; for a parametrized weight the layer, not its parametrization.
+
+    >>> owner_path("body.up.weight"), owner_path("body.up.parametrizations.weight.original0")
+    ('body.up', 'body.up')
+    """
+    layer, _, inner = f".{parameter}".partition(".parametrizations.")
+    return layer[1:] if inner else parameter.rpartition(".")[0]
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of ``model`` by dotted name; a shared tensor under each of its names."""
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))

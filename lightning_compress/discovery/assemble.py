@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_compress.discovery.axes import Axis, atoms, find, flat
 from lightning_compress.discovery.tracer import OUTPUT, LookUp, Trace
 from lightning_compress.polynomials import Polynomial
-from lightning_compress.structures import Normalisation, Pinned, Slice, Structure, Structures
+from lightning_compress.structures import Normalisation, Pinned, Slice, Structure, Structures, owner_path
 
 
 @dataclass
@@ -211,7 +211,7 @@ def _names(families: Sequence[Family]) -> list[str]:
     """Path of the innermost module that holds all members, a dot and the kind; numbered where that repeats."""
     names: list[str] = []
     for family in families:
-        paths = [name.split(".")[:-1] for name, _ in family.places]
+        paths = [owner_path(name).split(".") if "." in name else [] for name, _ in family.places]
         common: list[str] = []
         for parts in zip(*paths, strict=False):
             if len(set(parts)) > 1:
@@ -256,7 +256,8 @@ def _slices(trace: Trace, family: Family) -> tuple[Slice, ...]:
         roles = family.roles.get(name, set())
         # A weight that reads its own product (a layer applied twice) does both, on two axes: silence both.
         role = "consumer" if "consumer" in roles else "producer" if "producer" in roles else "companion"
-        zero = role == "consumer" or ("producer" in roles and silence_producers)
+        zero = role == "consumer" or "normed" in roles or ("producer" in roles and silence_producers)
+        zero = zero and "direction" not in roles
         slices.append(Slice(name, position, axis.size, indices, role, zero))  # type: ignore[arg-type]
     return tuple(slices)
 

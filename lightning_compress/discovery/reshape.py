@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_compress.discovery.axes import Axis, flat, regroup, split
+from lightning_compress.discovery.axes import Axis, AxisMismatch, flat, pin, regroup, split
+
+MISMATCH = "it is viewed as dimensions that do not line up with it"
 
 
 def view(dims: Sequence[Axis | None], old: Sequence[int], new: Sequence[int]) -> list[Axis | None]:
     """Dimensions of ``tensor.view(new)`` for a tensor of shape ``old``; neither may be empty.
 
-    Raises:
-        AxisMismatch: if the dimensions cannot be lined up; the caller pins them.
+    Dimensions that cannot be lined up are pinned.
     """
     i = j = 0
     result: list[Axis | None] = []
@@ -40,14 +41,19 @@ def view(dims: Sequence[Axis | None], old: Sequence[int], new: Sequence[int]) ->
                 j += 1
         source = [axis for axis in (dims[k] for k in group_old) if axis is not None]
         sizes = [new[k] for k in group_new if new[k] != 1]
-        if not sizes:
-            lined_up: list[Axis] = []
-        elif len(source) == 1 and len(sizes) == 1:
-            lined_up = source  # untouched, so that copies stay apart
-        elif len(source) == 1:
-            lined_up = split(source[0], sizes)
-        else:
-            lined_up = regroup([part for axis in source for part in _open(axis)], sizes)
+        try:
+            if not sizes:
+                lined_up: list[Axis] = []
+            elif len(source) == 1 and len(sizes) == 1:
+                lined_up = source  # untouched, so that copies stay apart
+            elif len(source) == 1:
+                lined_up = split(source[0], sizes)
+            else:
+                lined_up = regroup([part for axis in source for part in _open(axis)], sizes)
+        except AxisMismatch:  # the dimensions beside this group do line up
+            for axis in source:
+                pin(axis, MISMATCH)
+            lined_up = [Axis(size, [MISMATCH]) for size in sizes]
         position = iter(lined_up)
         result += [next(position) if new[k] != 1 else None for k in group_new]
     return result

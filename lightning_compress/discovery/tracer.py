@@ -132,14 +132,22 @@ class Trace(TorchDispatchMode):
         self._deferred: list[tuple[list[int], Axis, str, tuple[str, ...]]] = []
         self._deferred_statistics: list[tuple[list[int], Statistics]] = []
         self._storages: dict[tuple[int, tuple[int, ...]], Member] = {}
+        scripted = {
+            id(tensor)
+            for module in model.modules()
+            if isinstance(module, torch.jit.ScriptModule)
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        }
         named = [(True, *item) for item in model.named_parameters()] + [
             (False, *item) for item in model.named_buffers()
         ]
         for is_parameter, name, tensor in named:
-            # A floating-point buffer (running statistics, rotary frequencies) may be sliced along; other buffers are
-            # indices or masks.
-            free = is_parameter or tensor.is_floating_point()
-            reasons = () if free else (f"it is a dimension of the buffer {name}",)
+            # A floating-point buffer (running statistics, rotary frequencies) or a mask may be sliced along; other
+            # buffers are indices. What is scripted can neither be cut nor hooked.
+            free = is_parameter or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
+            reasons = [] if free else [f"it is a dimension of the buffer {name}"]
+            if id(tensor) in scripted:
+                reasons.append("it belongs to a scripted module: remove units from the eager one and script it then")
             dims = tuple(None if size == 1 else Axis(size, reasons) for size in tensor.shape)
             member = Member(name, tensor, dims, is_parameter)
             self.members[name] = member

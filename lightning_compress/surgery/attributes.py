@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from lightning_compress.polynomials import Polynomial
-from lightning_compress.structures import AttributeEdit, CoreEdit, Structure
+from lightning_compress.structures import AttributeEdit, CoreEdit, Structure, owner_path
 from lightning_compress.surgery.attribute_paths import integers
 from lightning_compress.surgery.edits import Removal
 from lightning_compress.surgery.slicing import is_torch_layer
@@ -46,11 +46,6 @@ class Candidate:
     def edits(self) -> tuple[AttributeEdit, ...]:
         """The edits that it stands for."""
         return tuple(AttributeEdit(module, self.attribute, self.size) for module in self.modules)
-
-
-def owner_path(parameter: str) -> str:
-    """Path of the module that a parameter's name starts with."""
-    return parameter.rpartition(".")[0]
 
 
 def anchor(structure: Structure) -> str:
@@ -176,7 +171,9 @@ def selections(found: Sequence[Candidate], limit: int) -> Iterator[tuple[Candida
 
 def _is_container(module: nn.Module) -> bool:
     """Whether a module of torch holds others whose sizes it repeats (``nn.Transformer.d_model``)."""
-    return any(True for _ in module.children()) and not isinstance(module, nn.MultiheadAttention)
+    return any(name != "parametrizations" for name, _ in module.named_children()) and not isinstance(
+        module, nn.MultiheadAttention
+    )
 
 
 __all__ = [
@@ -186,6 +183,5 @@ __all__ = [
     "candidates",
     "core_edits",
     "is_inside",
-    "owner_path",
     "selections",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.polynomials import Polynomial
-from lightning_compress.structures import AttributeEdit, CoreEdit, ShimEdit, Slice, Structure
+from lightning_compress.structures import AttributeEdit, CoreEdit, ShimEdit, Slice, Structure, owner_path
 from lightning_compress.surgery.attention import resize, slim_
 from lightning_compress.surgery.attribute_paths import write_attribute
 from lightning_compress.surgery.errors import SurgeryError
@@ -87,8 +87,9 @@ def install(
         slim_(_module(modules, path))  # type: ignore[arg-type]  # reads the old sizes: before anything is cut
     for name, axes in once(kept, tensors).items():
         cut(tensors[name], axes, gradient=gradients)
-    for _, owner in owners_of(modules, (tensors[name] for name in kept)):
-        repair(owner)
+    owners = owners_of(modules, (tensors[name] for name in kept))
+    for path in dict.fromkeys(owner_path(f"{path}.") for path, _ in owners):
+        repair(_module(modules, path))
     for removal in removals:
         for norm in removal.structure.norms:
             resize_norm(_module(modules, norm.module), len(removal.kept))
@@ -194,7 +195,7 @@ def _place_shims(
         place_shim(
             _module(modules, edit.module),
             edit,
-            parameter=face.parameter.rpartition(".")[2],
+            parameter=face.parameter.removeprefix(f"{edit.module}."),
             axis=face.axis,
             size=face.size,
             kept=kept.get(face.parameter, {}).get(face.axis, torch.arange(face.size)),
@@ -234,8 +235,7 @@ def shim_dim(module: nn.Module) -> int:
 
 def _facing(module: nn.Module, edit: ShimEdit, structure: Structure) -> Slice:
     for piece in structure.slices:
-        path, _, _ = piece.parameter.rpartition(".")
-        if path == edit.module and edit.side in faced_side(module, piece):
+        if owner_path(piece.parameter) == edit.module and edit.side in faced_side(module, piece):
             return piece
     raise SurgeryError(
         f"Expected a parameter of {edit.module!r} to face its {edit.side} shim in structure {structure.name!r}, but "

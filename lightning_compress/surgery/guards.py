@@ -56,19 +56,11 @@ def check_values(model: nn.Module, purpose: str) -> None:
 
 
 def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], kept: Mapping[str, AxisPositions]) -> None:
-    """Raise SurgeryError for a tensor of the plan that is not finite or that is computed from other parameters."""
+    """Raise SurgeryError for a tensor of the plan that is not finite, not dense or part of a scripted module."""
     for path, module in owners_of(dict(model.named_modules()), (tensors[name] for name in kept)):
         if isinstance(module, torch.jit.ScriptModule):
             raise SurgeryError(
                 f"Expected the weights of {path!r} to be those of a plain module, but it is scripted. {_SCRIPTED}"
-            )
-        hooks = [type(hook) for hook in module._forward_pre_hooks.values()]
-        if ".parametrizations." in f".{path}." or any(h.__module__.startswith("torch.nn.utils") for h in hooks):
-            layer = path.partition(".parametrizations.")[0]
-            raise SurgeryError(
-                f"Expected the weights of {layer!r} to be plain parameters, but they are parametrized (weight_norm, "
-                "spectral_norm, a pruning mask). Make them permanent first: "
-                "torch.nn.utils.parametrize.remove_parametrizations or prune.remove."
             )
     for name in kept:
         tensor = tensors[name]

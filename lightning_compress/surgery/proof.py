@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +14,15 @@ from lightning_compress.discovery.tracer import output_tensors
 from lightning_compress.structures import Pinned, Structure, Structures, named_tensors
 from lightning_compress.surgery.apply import TOLERANCE
 from lightning_compress.surgery.calibration import calibrate
-from lightning_compress.surgery.edits import Removal, kept_axes, once
-from lightning_compress.surgery.errors import SurgeryError
+from lightning_compress.surgery.edits import Removal, kept_axes, once, zeroed_axes
+from lightning_compress.surgery.errors import NotFinite, SurgeryError
 from lightning_compress.surgery.guards import check_plain, check_sharing, check_values, check_weights
-from lightning_compress.surgery.precision import DoubleWeights
+from lightning_compress.surgery.precision import DoubleWeights, zero_positions
 from lightning_compress.surgery.transaction import Transaction
 from lightning_compress.surgery.verify import Rehearsal
 from lightning_compress.surgery.workbench import Workbench
+
+UNDEFINED = "the outputs hold NaN once a unit is zero (something divides by it), so that nothing can be compared"
 
 
 def prove(
@@ -66,20 +69,60 @@ def prove(
             pinned.append(_pin(structure, reason))
     ways: dict[str, Removal] = {}
     if removals:
-        buffers = {p for r in removals for p in r.structure.parameters}
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            Transaction(model.modules()),
-            DoubleWeights(model, perturbed=True, buffers=buffers),
-            Rehearsal(model) as rehearsal,
-        ):
-            known = [r.structure for r in removals]
-            calibrate(rehearsal, model, args, dict(kwargs or {}))
-            bench = Workbench(rehearsal, model, known, removals, args, dict(kwargs or {}), tolerance)
-            ways, failures = bench.resolve()
+        call = (tuple(args), dict(kwargs or {}))
+        try:
+            ways, failures = _resolved(model, removals, *call, tolerance)
+        except NotFinite:
+            finite = _finite_together(model, removals, *call)
+            ways, failures = _resolved(model, finite, *call, tolerance) if finite else ({}, {})
+            failures.update({r.structure.name: UNDEFINED for r in removals if r not in finite})
         pinned += [_pin(structures[name], reason) for name, reason in failures.items()]
     return structures.rebuilt((ways[s.name].structure for s in structures if s.name in ways), pinned)
+
+
+def _resolved(
+    model: nn.Module, removals: Sequence[Removal], args: Sequence[Any], kwargs: Mapping[str, Any], tolerance: float
+) -> tuple[dict[str, Removal], dict[str, str]]:
+    with _dry_run(model, removals) as rehearsal:
+        known = [r.structure for r in removals]
+        calibrate(rehearsal, model, args, kwargs)
+        return Workbench(rehearsal, model, known, removals, args, kwargs, tolerance).resolve()
+
+
+def _finite_together(
+    model: nn.Module, removals: Sequence[Removal], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Removal]:
+    """Removals that, zeroed together, leave the outputs defined; raises NotFinite if they are not to begin with."""
+    finite: list[Removal] = []
+    with _dry_run(model, removals) as rehearsal:
+        tensors = named_tensors(model)
+        rehearsal.reference(args, kwargs)
+        for removal in removals:
+            saved = {p: tensors[p].data for p in removal.structure.parameters}
+            for name, data in saved.items():
+                tensors[name].data = data.clone()
+            zero_positions(tensors, zeroed_axes([removal]))
+            try:
+                rehearsal.reference(args, kwargs)
+                finite.append(removal)
+            except NotFinite:
+                for name, data in saved.items():
+                    tensors[name].data = data
+    return finite
+
+
+@contextmanager
+def _dry_run(model: nn.Module, removals: Sequence[Removal]) -> Iterator[Rehearsal]:
+    """The model with perturbed weights in float64, to be left as it was."""
+    buffers = {p for r in removals for p in r.structure.parameters}
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        Transaction(model.modules()),
+        DoubleWeights(model, perturbed=True, buffers=buffers),
+        Rehearsal(model) as rehearsal,
+    ):
+        yield rehearsal
 
 
 def _cannot_even_try(model: nn.Module, tensors: Mapping[str, Tensor], structure: Structure) -> str | None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lightning_compress.structures import ShimEdit
 from lightning_compress.surgery.errors import SurgeryError
+from lightning_compress.surgery.slicing import tensor_at
 
 Side = Literal["output", "input"]
 BUFFERS: dict[Side, str] = {"output": "_scatter_positions", "input": "_gather_positions"}
@@ -148,6 +149,6 @@ def place_shim(
         hooks: dict[int, Any] = module._forward_hooks if edit.side == "output" else module._forward_pre_hooks
         key = next(key for key, value in hooks.items() if value is old)
         hooks[key] = hook
-    weight = getattr(module, parameter)
+    weight = tensor_at(module, parameter)
     device = "cpu" if weight.is_meta else weight.device  # no state dict would bring lost positions back
     module.register_buffer(BUFFERS[edit.side], moved[positions[kept]].to(device), persistent=False)

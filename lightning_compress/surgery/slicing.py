@@ -7,6 +7,8 @@ references held elsewhere stay valid.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,15 @@ def cut(tensor: Tensor, kept: Mapping[int, Tensor], *, gradient: bool = True) ->
         tensor.grad = select(old, kept)
 
 
+def tensor_at(module: nn.Module, path: str) -> Tensor:
+    """The parameter or buffer of ``module`` at a dotted path."""
+    found: Any = module
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert isinstance(found, Tensor)
+    return found
+
+
 def owners_of(modules: Mapping[str, nn.Module], tensors: Iterable[Tensor]) -> list[tuple[str, nn.Module]]:
     """Every one of ``modules`` that holds one of ``tensors`` itself, with its path; a shared tensor has several."""
     wanted = {id(tensor) for tensor in tensors}
@@ -59,6 +70,20 @@ def owners_of(modules: Mapping[str, nn.Module], tensors: Iterable[Tensor]) -> li
 
 
 # Size attributes of torch's layers, read back from the weights
+
+
+def refresh(module: nn.Module) -> None:
+    """Recompute weights that a hook of torch.nn.utils (weight_norm, spectral_norm, a mask) sets before every call."""
+    hook: Any
+    for hook in module._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils"):
+            if hasattr(hook, "apply_mask"):
+                weight = hook.apply_mask(module)
+            elif "do_power_iteration" in signature(hook.compute_weight).parameters:
+                weight = hook.compute_weight(module, do_power_iteration=False)
+            else:
+                weight = hook.compute_weight(module)
+            setattr(module, getattr(hook, "_tensor_name", None) or hook.name, weight)
 
 
 def _linear(module: nn.Linear) -> None:
@@ -110,10 +135,10 @@ def _embedding(module: nn.Embedding | nn.EmbeddingBag) -> None:
 
 def _recurrent(module: nn.RNNBase) -> None:
     gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
-    rows, module.input_size = module._parameters["weight_ih_l0"].shape  # type: ignore[union-attr]
+    rows, module.input_size = tensor_at(module, "weight_ih_l0").shape
     module.hidden_size = rows // gates
     if module.proj_size:
-        module.proj_size = module._parameters["weight_hr_l0"].shape[0]  # type: ignore[union-attr]
+        module.proj_size = tensor_at(module, "weight_hr_l0").shape[0]
     module.flatten_parameters()
 
 
@@ -138,6 +163,7 @@ REPAIRS: tuple[tuple[type[nn.Module], Callable[..., None]], ...] = (
 
 def repair(module: nn.Module) -> None:
     """Set the size attributes of a layer of torch (or of a subclass of one) from its weights; others are left alone."""
+    refresh(module)
     for kind, function in REPAIRS:
         if isinstance(module, kind):
             function(module)

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_compress.discovery.outputs import Output, flatten
 from lightning_compress.discovery.tracer import decomposed, evaluation
-from lightning_compress.surgery.errors import SurgeryError
+from lightning_compress.surgery.errors import NotFinite, SurgeryError
 from lightning_compress.surgery.precision import DoublePrecision, to_double
 
 Outputs = dict[str, Output]
@@ -79,7 +79,7 @@ class Rehearsal:
         """The outputs of the whole model, checked to be worth a comparison.
 
         Raises:
-            SurgeryError: if the call fails in double precision, returns no tensor, or returns NaN.
+            SurgeryError: if the call fails in double precision, returns no tensor, or returns NaN (``NotFinite``).
         """
         try:
             outputs = self.run(self._model, args, kwargs)
@@ -94,7 +94,7 @@ class Rehearsal:
             )
         for path, output in outputs.items():
             if output.tensor.is_floating_point() and bool(output.tensor.isnan().any()):
-                raise SurgeryError(
+                raise NotFinite(
                     f"Expected finite outputs of the example call, but {path} holds NaN before anything is removed. "
                     "Check the weights and the example."
                 )

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_compress.structures import CoreEdit, Edit, ShimEdit, Slice, Structure, Tier, named_tensors
+from lightning_compress.structures import CoreEdit, Edit, ShimEdit, Slice, Structure, Tier, named_tensors, owner_path
 from lightning_compress.surgery.attributes import (
     Candidate,
     anchor,
     candidates,
     core_edits,
     is_inside,
-    owner_path,
     selections,
 )
 from lightning_compress.surgery.edits import Removal, faced_side, install, shim_dim, zeroed_axes
@@ -221,6 +220,7 @@ class Workbench:
         """The modules that carrying out ``removals`` changes."""
         parameters = {id(self.tensors[p]) for r in removals for p in r.structure.parameters}
         paths = {path for identity in parameters for path in self._owners.get(identity, ())}
+        paths |= {owner_path(f"{path}.") for path in paths}  # a parametrized layer knows its sizes, too
         paths |= {edit.module for r in removals for edit in r.structure.edits}
         paths |= {norm.module for r in removals for norm in r.structure.norms}
         # a new core changes its output projection, too
@@ -250,7 +250,11 @@ class Workbench:
         noise = torch.randn(127, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         try:
             for name, data in saved.items():
-                add_tiled(noise.to(data.device), changed := data.clone())
+                changed = data.clone()
+                if data.dtype == torch.bool:
+                    changed = ~changed
+                else:
+                    add_tiled(noise.to(data.device), changed)
                 self.tensors[name].data = changed
             return self._compare(path) > self.tolerance
         except Exception:  # it makes a difference to foreign code, too
@@ -371,7 +375,8 @@ class Workbench:
     def _sides(self, piece: Slice) -> tuple[Side, ...]:
         """Sides of the layer around ``piece`` that carry its units; none if it belongs to no layer."""
         module = self.modules[owner_path(piece.parameter)]
-        if any(True for _ in module.children()) or isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        nested = any(name != "parametrizations" for name, _ in module.named_children())
+        if nested or isinstance(module, nn.MultiheadAttention | nn.RNNBase):
             return ()
         return faced_side(module, piece)
 

@@ -565,28 +565,6 @@ def test_distributed_wrappers_are_refused() -> None:
     refused(DistributedDataParallel(model), halved(model, X), "got DistributedDataParallel. Pass model.module")
 
 
-@pytest.mark.parametrize(
-    "parametrize",
-    [
-        nn.utils.parametrizations.weight_norm,
-        nn.utils.parametrizations.spectral_norm,
-        lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.2),
-    ],
-    ids=["weight_norm", "spectral_norm", "prune"],
-)
-def test_parametrized_weights_are_refused(parametrize: Callable[[nn.Module], nn.Module]) -> None:
-    model = mlp()
-    parametrize(model[0])
-    names = [n for n, t in model.state_dict().items() if n.startswith("0.") and tuple(t.shape) == (8, 6)]
-    table = torch.arange(8).unsqueeze(1)
-    pieces = (Slice(names[0], 0, 8, table, "producer"), Slice("2.weight", 1, 8, table, "consumer", True))
-    plan = PruningPlan.of(model, [Structure("s", "ffn", 8, pieces)], {"s": [0]})
-    with pytest.raises(
-        SurgeryError, match="Expected the weights of '0' to be plain parameters, but they are parametrized"
-    ):
-        apply_plan(model, plan, verify=VERIFY)
-
-
 def test_edits_that_name_no_module_are_refused() -> None:
     model = mlp()
     plan = halved(model, X, prove=True)

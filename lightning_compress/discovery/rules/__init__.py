@@ -5,7 +5,17 @@ the way. It raises `NoRule` for a use it does not cover; then, as for an operati
 inputs is pinned.
 """
 
-from lightning_compress.discovery.rules import contraction, elementwise, indexing, normalization, reduction, shape
+from lightning_compress.discovery.rules import (
+    contraction,
+    elementwise,
+    indexing,
+    mixing,
+    normalization,
+    reduction,
+    sequences,
+    shape,
+    windows,
+)
 from lightning_compress.discovery.rules.registry import RULES, Call, NoRule, rule_for
 
 __all__ = [
@@ -15,8 +25,11 @@ __all__ = [
     "contraction",
     "elementwise",
     "indexing",
+    "mixing",
     "normalization",
     "reduction",
     "rule_for",
+    "sequences",
     "shape",
+    "windows",
 ]

@@ -63,6 +63,8 @@ def matmul(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
         left_dims = [None, *left_dims]
     if vector_right:
         right_dims = [*right_dims, None]
+    if vector_left and trace.sources(left) and trace.sources(right):  # a number (a largest singular value, say)
+        axes.mark(left_dims[-1], "summed")
     result = contract(trace, left, right, left_dims, right_dims)
     if vector_right:
         result.pop()
@@ -110,6 +112,27 @@ def _in_blocks(axis: Axis | None, block: int) -> None:
         axes.pin(axes.split(axis, [axis.size // block, block])[1], "a grouped product needs whole lines of memory")
     else:
         axes.pin(axis, "a grouped product needs whole lines of memory")
+
+
+@rule("_trilinear")
+def trilinear(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
+    """Sum over some dimensions of the product of three tensors, each given dimensions of size 1: bilinear layers."""
+    summed = set(call["sumdim"])
+    rank = call.inputs[0].dim() + len(call["expand1"])
+    positions: Dims = [None] * rank
+    weights = [t for t in call.inputs if trace.sources(t)]
+    for number, tensor in enumerate(call.inputs, start=1):
+        inserted = {int(i) % rank for i in call[f"expand{number}"]}
+        own = iter(trace.dims(tensor))
+        for i in range(rank):
+            axis = None if i in inserted else next(own)
+            axes.unify(positions[i], axis)
+            positions[i] = axis if positions[i] is None else positions[i]
+            trace.note(tensor, axis, "consumer" if i in summed else "producer")
+            if i in summed and not weights:
+                axes.mark(axis, "contracted")
+    trace.count(positions, weight=bool(weights))
+    return [[axis for i, axis in enumerate(positions) if i not in summed]]
 
 
 @rule("convolution", "_convolution", "mkldnn_convolution", "convolution_overrideable", "cudnn_convolution")

@@ -9,6 +9,18 @@ from lightning_compress.discovery import axes
 from lightning_compress.discovery.rules.registry import Call, Dims, NoRule, rule
 
 REASON = "its positions are looked up by index"
+MASKED = "its positions are chosen by a mask"
+
+
+def _masked(call: Call) -> tuple[Tensor, int] | None:
+    """The mask of x[..., mask] and the first dimension that it covers; None for integer indices."""
+    given = [(place, i) for place, i in enumerate(call["indices"]) if i is not None]
+    if not any(i.dtype in (torch.bool, torch.uint8) for _, i in given):
+        return None
+    if len(given) > 1:
+        raise NoRule
+    place, mask = given[0]
+    return mask, place
 
 
 @rule("embedding")
@@ -26,11 +38,17 @@ def embedding(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
 
 @rule("index")
 def index(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
-    """x[i, j, ...] with integer tensors."""
+    """x[i, j, ...] with integer tensors, or with one mask."""
     dims = trace.dims(call.inputs[0])
+    masked = _masked(call)
+    if masked is not None:
+        mask, first = masked
+        for i, axis in enumerate(trace.dims(mask), start=first):
+            axes.unify(dims[i], axis)
+            axes.pin(dims[i], MASKED)
+        chosen = trace.pinned(call.outputs[0], MASKED)[first]
+        return [[*dims[:first], chosen, *dims[first + mask.dim() :]]]
     given = [*call["indices"], *[None] * (len(dims) - len(call["indices"]))]
-    if any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in given):
-        raise NoRule
     places = [position for position, i in enumerate(given) if i is not None]
     tensors = [given[position] for position in places]
     for position in places:
@@ -70,8 +88,21 @@ def index_put(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     """Write values at indexed places of the leading dimensions."""
     dims = trace.dims(call.inputs[0])
     given, values = call["indices"], trace.dims(call["values"])
+    masked = _masked(call)
+    if masked is not None:
+        mask, first = masked
+        covered, rest = dims[first : first + mask.dim()], dims[first + mask.dim() :]
+        for axis, other in zip(covered, trace.dims(mask), strict=True):
+            axes.unify(axis, other)
+            if any(values):  # a single number is written to every element by itself
+                axes.pin(axis, MASKED)
+        for axis, other in zip(rest[::-1], values[::-1], strict=False):
+            axes.unify(axis, other)
+        for other in values[: max(0, len(values) - len(rest))]:
+            axes.pin(other, MASKED)
+        return [dims]
     places = [position for position, i in enumerate(given) if i is not None]
-    if places != list(range(len(places))) or any(given[p].dtype in (torch.bool, torch.uint8) for p in places):
+    if places != list(range(len(places))):
         raise NoRule
     for position in places:
         axes.pin(dims[position], REASON)
@@ -81,6 +112,25 @@ def index_put(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     for other in values[: max(0, len(values) - len(rest))]:
         axes.pin(other, REASON)
     return [dims]
+
+
+@rule("scatter", "scatter_add", "scatter_reduce")
+def scatter(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
+    """Write along one dimension, at a place of its own for every position of the others."""
+    target, places, source = call["self"], call["index"], call.get("src")
+    dims, dim = trace.dims(target), call.dim()
+    others = [t for t in (places, source) if isinstance(t, Tensor)]
+    result: Dims = []
+    for i, axis in enumerate(dims):
+        meeting = [trace.dims(t)[i] for t in others]
+        if i == dim or any(t.shape[i] != target.shape[i] for t in others):
+            for other in (axis, *meeting):
+                axes.pin(other, REASON)
+        else:
+            for other in meeting:
+                axes.unify(axis, other)
+        result.append(axis)
+    return [result]
 
 
 @rule("gather")

@@ -71,14 +71,19 @@ def group_norm(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
 
 @rule("_weight_norm_interface", "_weight_norm")
 def weight_norm(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
-    """weight = g * v / ||v||, one norm per position of ``dim``: the other axes are normalised over."""
+    """weight = g * v / ||v||, one norm per position of ``dim``.
+
+    A position of ``dim`` is silent where g is zero; v must not be, or the norm would vanish. Positions of the other
+    axes are silent where v is zero: then they have no part in the norm.
+    """
     direction, magnitude = call.inputs[0], call.inputs[1]
     dims, scale = trace.dims(direction), trace.dims(magnitude)
     dim = call.dim()
     for i, axis in enumerate(dims):
         if i == dim:
+            trace.note(direction, axis, "direction")
             axes.unify(axis, scale[i] if len(scale) == len(dims) else next((s for s in scale if s is not None), None))
         else:
-            axes.pin(axis, "a weight is normalised over it")
+            trace.note(direction, axis, "normed")
     norms: Dims = [axis if i == dim else None for i, axis in enumerate(dims)]
     return [dims, *[norms if output.dim() == len(dims) else [dims[dim]] for output in call.outputs[1:]]]

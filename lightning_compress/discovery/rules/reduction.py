@@ -10,14 +10,14 @@ def _reduced(dims: Dims, over: set[int], keep: bool) -> Dims:
     return [None if i in over else axis for i, axis in enumerate(dims) if keep or i not in over]
 
 
-@rule("sum", "linalg_vector_norm")
+@rule("sum", "linalg_vector_norm", "norm")
 def sum_(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     """A sum reads its positions as a product with ones would.
 
     Silent positions may go. So does a norm of positive order.
     """
     dims = trace.dims(call.inputs[0])
-    if call.name == "linalg_vector_norm" and not call.get("ord", 2) > 0:
+    if call.name != "sum" and not call.get("ord", call.get("p", 2)) > 0:
         return reduce(trace, call)
     over = set(call.dims())
     for i in over:
@@ -26,7 +26,7 @@ def sum_(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     return [_reduced(dims, over, call.outputs[0].dim() == len(dims) and len(dims) > 0)]
 
 
-REDUCTIONS = "mean amax amin max min argmax argmin var std var_mean std_mean prod any all logsumexp norm median".split()
+REDUCTIONS = "mean amax amin max min argmax argmin var std var_mean std_mean prod any all logsumexp median".split()
 
 
 @rule(*REDUCTIONS)
@@ -51,6 +51,11 @@ def reduce(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     "_safe_softmax",
     "cumsum",
     "cumprod",
+    "cummax",
+    "cummin",
+    "logcumsumexp",
+    "_cummax_helper",
+    "_cummin_helper",
     "flip",
     "roll",
     "sort",
