@@ -350,6 +350,7 @@ def save(model: nn.Module, folder: Path) -> None:
             same[name] = first[place]
         else:
             first[place] = name
+            tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
             tensors[name] = tensor.detach().clone().contiguous()
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"same": json.dumps(same)})
 
@@ -362,6 +363,9 @@ def load(model: nn.Module, folder: Path) -> None:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         same = json.loads(file.metadata()["same"])
     state |= {name: state[other] for name, other in same.items()}
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and value.is_complex():
+            state[name] = torch.view_as_complex(state[name])
     state |= {name: value for name, value in model.state_dict().items() if not isinstance(value, Tensor)}
     model.load_state_dict(state, strict=True)
 

@@ -348,6 +348,8 @@ class Workbench:
         if deep:
             local = all(is_inside(path, place) for c in deep for path in c.modules)
             pools.append((place if local else "", inner + deep, ATTEMPTS // 2))
+        if place:  # what the module returns may be read by weights of the structure itself, outside of the module
+            pools.append(("", inner, ATTEMPTS // 8))
         return self._search(removal, "native", base, pools)
 
     def _find_shim(self, removal: Removal, place: str) -> Found | str:
