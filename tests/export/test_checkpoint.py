@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,31 @@ def test_files_become_what_the_model_becomes(name: str, shards: int, tmp_path: P
     with torch.no_grad():
         a, b = model(*example.args, **example.kwargs or {}), fresh(*example.args, **example.kwargs or {})
     assert torch.equal(a if isinstance(a, Tensor) else a[0], b if isinstance(b, Tensor) else b[0])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("BERT", "hidden"), ("Llama", "hidden"), ("LSTM", "vocab")])
+def test_residual_width_and_vocabulary_are_slices_too(name: str, kind: str, tmp_path: Path) -> None:
+    example = MODELS[name]
+    model = example.model()
+    structures = discover(model, example.args, example.kwargs, kinds=kind, prove=True)
+    assert {s.kind for s in structures} == {kind}
+    plan = PruningPlan.of(model, structures, {s.name: range(0, s.units, 2) for s in structures})
+    dense = write(tmp_path / "dense", state_of(model), 3)
+    apply_plan_to_checkpoint(plan, dense, tmp_path / "small")
+    apply_plan(model, plan)
+    assert_equal(read(tmp_path / "small"), state_of(model))
+
+
+def test_units_that_are_modules_are_refused(tmp_path: Path) -> None:
+    model = mlp()
+    plan = plan_of(model)
+    layers = tuple(replace(s, members=tuple(f"layers.{u}" for u in range(s.units))) for s in plan.structures)
+    with pytest.raises(
+        ValueError, match=r"those of 'ffn' are whole modules \('layers.0', ...\), whose removal renames"
+    ):
+        apply_plan_to_checkpoint(
+            replace(plan, structures=layers), write(tmp_path / "d", model.state_dict()), tmp_path / "s"
+        )
 
 
 def test_a_model_never_made_with_values(tmp_path: Path) -> None:
