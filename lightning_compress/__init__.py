@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_compress.analysis import discover, explain
 from lightning_compress.budget import BudgetWarning, kept_fraction, make_plan, select
+from lightning_compress.costs import UnitCost, at_lengths, unit_costs
 from lightning_compress.distillation_losses import logits_kl, output_mse
 from lightning_compress.explanation import Explanation
 from lightning_compress.export import CheckpointReport, apply_plan_to_checkpoint, checkpoint_scores
 from lightning_compress.importance import TaylorAccumulator, unit_norms, unit_scores
+from lightning_compress.latency import LatencyTable, measure_latency_table
 from lightning_compress.plan import PruningPlan
 from lightning_compress.polynomials import Polynomial
 from lightning_compress.regularizers import (
@@ -46,6 +48,7 @@ __all__ = [
     "Distillation",
     "Explanation",
     "FinalizeCompression",
+    "LatencyTable",
     "Polynomial",
     "PruningPlan",
     "Slice",
@@ -55,9 +58,11 @@ __all__ = [
     "SurgeryError",
     "SurgeryReport",
     "TaylorAccumulator",
+    "UnitCost",
     "UnitGroups",
     "apply_plan",
     "apply_plan_to_checkpoint",
+    "at_lengths",
     "block_group_lasso",
     "checkpoint_scores",
     "count_parameters",
@@ -73,12 +78,14 @@ __all__ = [
     "logits_kl",
     "make_plan",
     "measure_latency",
+    "measure_latency_table",
     "output_mse",
     "save_compressed",
     "select",
     "trim_tokenizer",
     "trimmed_group_lasso",
     "trimmed_group_lasso_factors",
+    "unit_costs",
     "unit_norms",
     "unit_scores",
     "used_ids",

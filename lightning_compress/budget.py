@@ -2,27 +2,34 @@
 
 The target is a kept fraction of the *prunable part* of a cost: the monomials of its polynomial in which a structure
 occurs. What no plan can change (embeddings, a patch projection, the classifier) is in neither side of the fraction.
+Latency is the exception: it is measured, of a call of the whole model.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.importance import Importance, unit_scores
+from lightning_compress.latency import LatencyGoal, LatencyMet, LatencyModel, LatencyTable, measure_latency_table
+from lightning_compress.latency.loop import TOLERANCE as LATENCY_TOLERANCE
+from lightning_compress.latency.loop import meet
+from lightning_compress.latency.measuring import check_proven
 from lightning_compress.plan import PruningPlan
 from lightning_compress.polynomials import Polynomial
 from lightning_compress.selection import Ladder, choose_global, choose_uniform
 from lightning_compress.structures import KINDS, Structure, Structures
 
 Metric = Literal["params", "macs", "units"]
+Target = Literal["params", "macs", "units", "latency"]
 PerStructure = int | Mapping[str, int]
 
 # A plan hits its target when its cost is within this fraction of the target, from below.
@@ -30,7 +37,7 @@ TOLERANCE = 0.01
 
 
 class BudgetWarning(UserWarning):
-    """A plan respects its budget but stays more than 1 % below it, because no smaller step is left."""
+    """A plan is not as near to its budget as it should be: more than 1 % below it, or 5 % off a measured latency."""
 
 
 def make_plan(
@@ -45,6 +52,11 @@ def make_plan(
     *,
     per_layer: bool = False,
     scores: Mapping[str, Tensor] | None = None,
+    latency: float | None = None,
+    latency_ms: float | None = None,
+    example: tuple[Any, Any] | None = None,
+    table: LatencyTable | None = None,
+    seconds: float = 30.0,
 ) -> PruningPlan:
     """Choose which units stay so that a fraction of one cost is left.
 
@@ -57,28 +69,102 @@ def make_plan(
         structures: what discovery returned: the structures with their costs.
         params: kept fraction of the parameters of the prunable part, in (0, 1]; or
         macs: kept fraction of its multiply-accumulates; or
-        units: kept fraction of the number of units. Exactly one of the three.
+        units: kept fraction of the number of units; or ``latency`` or ``latency_ms``. Exactly one of the five.
         importance: "norm", "taylor" or a function, see ``importance.unit_scores``.
         round_to: kept counts are multiples of this (or all units), for every structure or by kind or by structure name.
+            Default: 1; for a latency the multiples that the table has found to run at full speed.
         min_units: every structure keeps at least this many units, or all that it has; likewise.
         per_layer: keep the same fraction of units in every structure of a kind, and compare scores only inside a
             structure. The fraction of the kinds with fewer units is as near to that of the others as whole units allow.
         scores: scores of shape (units,) by structure name, in place of ``importance``.
+        latency: measured latency of ``example`` on the device of the model, as a fraction of that of ``model``; or
+        latency_ms: the same in milliseconds. Planned by ``table``, then measured and corrected until it is met within
+            5 %; the structures must be proven.
+        example: ``(args, kwargs)`` of the call whose latency counts. Without it, but with a table, the plan is the
+            table's estimate, and nothing is measured.
+        table: what ``measure_latency_table`` returned. Default: measured here, or found on disk.
+        seconds: measure for about this long for the table, and once more to correct.
 
     Raises:
         ValueError: if not exactly one target is given or it lies outside (0, 1], nothing is prunable (with what was
             pinned and why), the budget lies below the floors (with the smallest fraction within reach), or
-            ``round_to``, ``min_units`` or scores are malformed.
+            ``round_to``, ``min_units`` or scores are malformed; for a latency without example or table, or structures
+            that are not proven.
 
     Warns:
-        BudgetWarning: if the plan stays more than 1 % below the target because no smaller step is left.
+        BudgetWarning: if the plan stays more than 1 % below the target because no smaller step is left; if a latency
+            is measured to be more than 5 % off.
     """
-    problem = _Problem.of(structures, params, macs, units, round_to, min_units)
+    if latency is None and latency_ms is None:
+        _check_without_latency(example, table)
+        problem = _Problem.of(structures, params, macs, units, round_to, min_units)
+        if scores is None:
+            scores = unit_scores(model, structures, importance)
+        masks, cost = problem.solve(scores, per_layer)
+        if cost < (1 - TOLERANCE) * problem.budget:
+            warnings.warn(problem.explain_gap(masks, cost, per_layer), BudgetWarning, stacklevel=2)
+        return _plan(model, structures, masks)
+    _one_target(params=params, macs=macs, units=units, latency=latency, latency_ms=latency_ms)
+    args, kwargs = _example(example) if example is not None else ((), {})
+    if table is None or example is not None:
+        check_proven(structures)
     if scores is None:
         scores = unit_scores(model, structures, importance)
-    masks, cost = problem.solve(scores, per_layer)
-    if cost < (1 - TOLERANCE) * problem.budget:
-        warnings.warn(problem.explain_gap(masks, cost, per_layer), BudgetWarning, stacklevel=2)
+    if table is None:
+        if example is None:
+            raise ValueError(
+                "Expected example=(args, kwargs), the call whose latency counts, or table=..., but got neither."
+            )
+        table = measure_latency_table(model, structures, args, kwargs, seconds=seconds)
+    goal = LatencyGoal(
+        latency, None if latency_ms is None else latency_ms / 1e3, args=args, kwargs=kwargs, max_seconds=seconds
+    )
+    if example is None:
+        fraction = latency if latency is not None else _fraction_of(latency_ms, table, structures)
+        problem = _Problem.of(structures, None, None, None, round_to, min_units, fraction, table)
+        return _plan(model, structures, problem.solve(scores, per_layer)[0])
+    return plan_for_latency(model, structures, goal, table, scores, round_to, min_units, per_layer=per_layer)[0]
+
+
+def plan_for_latency(
+    model: nn.Module,
+    structures: Structures,
+    goal: LatencyGoal,
+    table: LatencyTable,
+    scores: Mapping[str, Tensor],
+    round_to: PerStructure | None = None,
+    min_units: PerStructure = 1,
+    *,
+    per_layer: bool = False,
+) -> tuple[PruningPlan, LatencyMet]:
+    """What ``make_plan`` does for a latency, with every setting of the measurement, and how well it was met.
+
+    Args:
+        model: the model to be pruned, now; it may have been pruned before.
+        structures: its structures, proven.
+        goal: the latency, the call, and the model that it is relative to.
+        table: of the model before any removal, or of ``model``.
+        scores: as in ``make_plan``; likewise ``round_to``, ``min_units`` and ``per_layer``.
+    """
+    now = table.estimate(structures)
+    if goal.seconds is not None:
+        wanted = goal.seconds / table.dense_seconds
+    else:
+        # the table speaks of the model that it was measured with, the goal of its reference
+        wanted = (goal.fraction or 1.0) * (now if goal.reference is None else 1.0)
+    fraction = min(1.0, wanted / now)
+    problem = _Problem.of(structures, None, None, None, round_to, min_units, fraction, table)
+
+    def solve(estimate: float) -> Mapping[str, Tensor]:
+        return problem.at(estimate).solve(scores, per_layer)[0]
+
+    met = meet(goal, model, structures, solve, problem.estimated_budget, problem.smallest)
+    if not met.met:
+        warnings.warn(problem.explain_latency(met, goal, table), BudgetWarning, stacklevel=3)
+    return _plan(model, structures, met.kept), met
+
+
+def _plan(model: nn.Module, structures: Structures, masks: Mapping[str, Tensor]) -> PruningPlan:
     kept = {name: torch.nonzero(mask).reshape(-1) for name, mask in masks.items()}
     return PruningPlan.of(model, structures, kept)
 
@@ -93,12 +179,16 @@ def select(
     min_units: PerStructure = 1,
     *,
     per_layer: bool = False,
+    latency: float | None = None,
+    table: LatencyTable | None = None,
 ) -> dict[str, Tensor]:
     """The choice of ``make_plan`` without the plan: structure name -> bool of shape (units,), True for a kept unit.
 
-    Fast enough to be called every few steps of training. Takes and raises what ``make_plan`` does; never warns.
+    Fast enough to be called every few steps of training. Takes and raises what ``make_plan`` does; never warns, and
+    never measures: a latency, as a fraction of that of the model as it is now, is that of the table.
     """
-    return _Problem.of(structures, params, macs, units, round_to, min_units).solve(scores, per_layer)[0]
+    problem = _Problem.of(structures, params, macs, units, round_to, min_units, latency, table)
+    return problem.solve(scores, per_layer)[0]
 
 
 def cost_polynomial(structures: Structures, metric: Metric) -> Polynomial:
@@ -144,17 +234,42 @@ class _Problem:
     """A checked request: everything but the scores."""
 
     structures: Structures
-    metric: Metric
+    metric: Target
     fraction: float
     polynomial: Polynomial
-    dense: float  # cost of the prunable part with all units
+    dense: float  # cost of the prunable part with all units; for a latency the estimate, corrected
     multiples: dict[str, int]
     floors: dict[str, int]
+    latency: LatencyModel | None = None
 
     @property
     def budget(self) -> float:
-        """Cost that may be kept."""
+        """Cost that may be kept, as ``polynomial`` counts it."""
+        cost = self.fraction * self.dense
+        return cost if self.latency is None else self.latency.correction.inverse(cost)
+
+    @property
+    def estimated_budget(self) -> float:
+        """For a latency: what may be kept, as a fraction of the latency of the table's model."""
         return self.fraction * self.dense
+
+    @property
+    def smallest(self) -> float:
+        """For a latency: the estimate at the floors."""
+        assert self.latency is not None
+        return self.latency.estimate(self.floors)
+
+    def width(self, name: str, count: float) -> float:
+        """What so many units of a structure count for in ``polynomial``."""
+        return float(count) if self.latency is None else self.latency.effective(name, count)
+
+    def cost(self, counts: Mapping[str, float]) -> float:
+        """Cost with these kept counts, as ``polynomial`` counts it."""
+        return self.polynomial.evaluate({name: self.width(name, count) for name, count in counts.items()})
+
+    def at(self, estimate: float) -> _Problem:
+        """The same for another estimated latency, not below the floors."""
+        return replace(self, fraction=max(estimate, self.smallest) / self.dense)
 
     @classmethod
     def of(
@@ -165,8 +280,10 @@ class _Problem:
         units: float | None,
         round_to: PerStructure | None,
         min_units: PerStructure,
+        latency: float | None = None,
+        table: LatencyTable | None = None,
     ) -> _Problem:
-        metric, fraction = _target(params, macs, units)
+        metric, fraction = _target(params, macs, units, latency)
         for s in structures:
             if s.kind == "vocab":
                 raise ValueError(
@@ -174,32 +291,56 @@ class _Problem:
                     "ids a corpus needs is no question of importance. Plan it with PruningPlan.of(model, structures, "
                     "{name: used_ids(tokenizer, texts)})."
                 )
-        polynomial = cost_polynomial(structures, metric)
-        _check_prunable(structures, polynomial, metric)
-        multiples = _per_structure("round_to", 1 if round_to is None else round_to, structures)
         minima = _per_structure("min_units", min_units, structures)
-        floors = {}
+        default: PerStructure = 1
+        model = None
+        if metric == "latency":
+            if table is None:
+                raise ValueError(
+                    "Expected table=... for a latency, what measure_latency_table(...) returned, but got none."
+                )
+            cost_polynomial(structures, "macs")  # refuses a list without costs
+            model, default = table.model(structures), {n: m for n, m in table.multiples.items() if n in structures.counts}
+            polynomial = model.polynomial
+        else:
+            polynomial = cost_polynomial(structures, metric)
+        _check_prunable(structures, polynomial, metric)
+        multiples = _per_structure("round_to", default if round_to is None else round_to, structures)
+        problem = cls(structures, metric, fraction, polynomial, 0.0, multiples, {}, model)
+        floors = problem.floors
         for s in structures:
             floor = -(-minima[s.name] // multiples[s.name]) * multiples[s.name]
             floors[s.name] = min(floor, s.units)
-            if s.name not in polynomial.variables:
+            if s.name not in polynomial.variables or problem.width(s.name, floor) >= problem.width(s.name, s.units):
                 floors[s.name] = s.units  # removing its units saves nothing of this cost
-        dense = polynomial.evaluate(structures.counts)
-        problem = cls(structures, metric, fraction, polynomial, dense, multiples, floors)
-        smallest = polynomial.evaluate(floors)
-        if smallest > problem.budget * (1 + 1e-9):
+        if model is not None:
+            dense, smallest = model.estimate(structures.counts), model.estimate(floors)
+        else:
+            dense, smallest = polynomial.evaluate(structures.counts), polynomial.evaluate(floors)
+        # an estimate is not exact: what lies at its edge is tried
+        slack = 1e-9 if model is None else LATENCY_TOLERANCE
+        if smallest > fraction * dense * (1 + slack):
             reachable = math.ceil(smallest / dense * 1e4) / 1e4  # rounded up: the printed fraction must work
             raise ValueError(
                 f"Expected a budget within reach, but {metric}={fraction:g} lies below {metric}={reachable:g}, the "
                 f"smallest possible with min_units={min_units!r} and round_to={round_to!r}: ask for more, lower these "
                 f"floors, or let more kinds go."
             )
-        return problem
+        if smallest > fraction * dense and model is not None:
+            fraction = smallest / dense
+        return replace(problem, fraction=fraction, dense=dense)
 
     def ladders(self, scores: Mapping[str, Tensor]) -> list[Ladder]:
         """The removal steps of every structure; raises ValueError for malformed scores."""
         return [
-            Ladder.of(s.name, s.kind, _scores_of(s, scores), self.multiples[s.name], self.floors[s.name])
+            Ladder.of(
+                s.name,
+                s.kind,
+                _scores_of(s, scores),
+                self.multiples[s.name],
+                self.floors[s.name],
+                functools.partial(self.width, s.name),
+            )
             for s in self.structures
         ]
 
@@ -211,7 +352,7 @@ class _Problem:
         masks = {}
         for ladder, steps in zip(ladders, removed, strict=True):
             masks[ladder.name] = ladder.kept_mask(steps)
-        return masks, self.polynomial.evaluate({name: int(mask.sum()) for name, mask in masks.items()})
+        return masks, self.cost({name: int(mask.sum()) for name, mask in masks.items()})
 
     def explain_gap(self, masks: Mapping[str, Tensor], cost: float, per_layer: bool) -> str:
         """Why the plan stays below the target: the smallest step that would have come back."""
@@ -220,7 +361,7 @@ class _Problem:
         for s in self.structures:
             more = min(s.units, (counts[s.name] // self.multiples[s.name] + 1) * self.multiples[s.name])
             if more > counts[s.name]:
-                added = self.polynomial.evaluate({**counts, s.name: more}) - cost
+                added = self.cost({**counts, s.name: more}) - cost
                 steps[s.name] = (added, more - counts[s.name])
         name = min(steps, key=lambda n: steps[n])
         share, size = steps[name][0] / self.dense, steps[name][1]
@@ -231,27 +372,81 @@ class _Problem:
             f"{name!r}, {share:.4f} of the cost. A smaller round_to, or more kinds, would allow smaller steps."
         )
 
+    def explain_latency(self, met: LatencyMet, goal: LatencyGoal, table: LatencyTable) -> str:
+        """How far a plan is from the latency that was asked for, and why."""
+        asked = f"latency_ms={goal.seconds * 1e3:g}" if goal.seconds is not None else f"latency={goal.fraction:g}"
+        noise = max(table.noise, met.dense.spread, met.small.spread)
+        hint = (
+            f" Equal runs differ by {noise:.0%} here: measure for longer (seconds=...), or when less else runs."
+            if noise > LATENCY_TOLERANCE / 2
+            else ""
+        )
+        return (
+            f"Expected {asked} of one call within {LATENCY_TOLERANCE:.0%}, but the plan measures "
+            f"{met.small.seconds * 1e3:.3g} ms where the dense model takes {met.dense.seconds * 1e3:.3g} ms, "
+            f"{abs(met.ratio - 1):.0%} {'above' if met.ratio > 1 else 'below'} what was asked for: {met.stuck}.{hint}"
+        )
 
-def _target(params: float | None, macs: float | None, units: float | None) -> tuple[Metric, float]:
-    given: dict[Metric, float] = {}
-    if params is not None:
-        given["params"] = params
-    if macs is not None:
-        given["macs"] = macs
-    if units is not None:
-        given["units"] = units
+
+def _fraction_of(latency_ms: float | None, table: LatencyTable, structures: Structures) -> float:
+    """An absolute latency as a fraction of that of the model with ``structures``, by the table alone."""
+    assert latency_ms is not None
+    return min(1.0, latency_ms / 1e3 / (table.dense_seconds * table.estimate(structures)))
+
+
+def _check_without_latency(example: object, table: object) -> None:
+    if example is not None or table is not None:
+        raise ValueError(
+            f"Expected {'example' if example is not None else 'table'} together with latency=... or latency_ms=..., "
+            "for which something is measured, but got neither of these."
+        )
+
+
+def _example(example: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if (
+        not isinstance(example, tuple | list)
+        or len(example) != 2
+        or not isinstance(example[0], tuple | list)
+        or not isinstance(example[1], Mapping)
+    ):
+        raise TypeError(
+            f"Expected example to be (args, kwargs), a tuple and a dict, but got {type(example).__name__}. For model(x) "
+            f"pass example=((x,), {{}})."
+        )
+    return tuple(example[0]), dict(example[1])
+
+
+def _one_target(**targets: float | None) -> tuple[str, float]:
+    """The one that is given."""
+    given = {name: value for name, value in targets.items() if value is not None}
     if len(given) != 1:
         shown = ", ".join(f"{k}={v!r}" for k, v in given.items()) or "none"
-        raise ValueError(f"Expected exactly one target among params, macs and units, but got {shown}.")
-    ((metric, fraction),) = given.items()
+        names = [name for name in targets if name not in ("latency", "latency_ms") or name in given]
+        expected = f"{', '.join(names[:-1])} and {names[-1]}"
+        raise ValueError(f"Expected exactly one target among {expected}, but got {shown}.")
+    ((name, value),) = given.items()
+    if name == "latency_ms":
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"Expected latency_ms to be a positive number of milliseconds, but got {value!r}.")
+        return name, float(value)
+    return _check_fraction(name, value)
+
+
+def _target(
+    params: float | None, macs: float | None, units: float | None, latency: float | None
+) -> tuple[Target, float]:
+    return _one_target(params=params, macs=macs, units=units, latency=latency)  # type: ignore[return-value]
+
+
+def _check_fraction(metric: str, fraction: object) -> tuple[str, float]:
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         hint = f" Did you mean {metric}={fraction / 100:g}?" if isinstance(fraction, int) and 1 < fraction < 100 else ""
         raise ValueError(f"Expected {metric} to be a kept fraction in (0, 1], but got {fraction!r}.{hint}")
     return metric, float(fraction)
 
 
-def _check_prunable(structures: Structures, polynomial: Polynomial, metric: Metric) -> None:
-    if not polynomial.terms:
+def _check_prunable(structures: Structures, polynomial: Polynomial, metric: Target) -> None:
+    if not polynomial.variables:
         lines = [f"  {p.name} ({p.kind}, {p.units} units): {'; '.join(p.reasons)}" for p in structures.pinned]
         pinned = (
             "\nWhat was pinned, and why:\n" + "\n".join(lines) if lines else " No family of units was pinned either."

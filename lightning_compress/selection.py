@@ -32,6 +32,7 @@ class Ladder:
         sizes: units that go with each step; the first may be smaller, so that what stays is a multiple.
         losses: sum of the scores of the units of each step.
         left: units left after 0, 1, 2, ... steps.
+        widths: what these count for in the cost: the units themselves, or what a measured curve makes of them.
     """
 
     name: str
@@ -41,9 +42,18 @@ class Ladder:
     sizes: tuple[int, ...]
     losses: tuple[float, ...]
     left: tuple[int, ...]
+    widths: tuple[float, ...]
 
     @classmethod
-    def of(cls, name: str, kind: str, scores: Tensor, multiple: int, floor: int) -> Ladder:
+    def of(
+        cls,
+        name: str,
+        kind: str,
+        scores: Tensor,
+        multiple: int,
+        floor: int,
+        width: Callable[[int], float] = float,
+    ) -> Ladder:
         """Steps that keep at least ``floor`` units, and multiples of ``multiple`` once anything goes."""
         units = scores.numel()
         order = torch.argsort(scores, stable=True)
@@ -52,7 +62,13 @@ class Ladder:
         # sums of the smallest scores; the loss of a step is the difference of two of them
         sums = [0.0, *torch.cumsum(scores[order], 0).tolist()]
         losses = tuple(sums[units - b] - sums[units - a] for a, b in pairwise(left))
-        return cls(name, kind, units, order, sizes, losses, tuple(left))
+        return cls(name, kind, units, order, sizes, losses, tuple(left), tuple(width(n) for n in left))
+
+    @property
+    def unit_width(self) -> float:
+        """What one unit counts for on the way down: 1, or the mean slope of a measured curve."""
+        removed = self.left[0] - self.left[-1]
+        return (self.widths[0] - self.widths[-1]) / removed if removed else 1.0
 
     def kept_mask(self, steps: int) -> Tensor:
         """Bool of shape (units,): what stays after the first ``steps`` steps."""
@@ -67,7 +83,7 @@ class _State:
     def __init__(self, ladders: Sequence[Ladder], polynomial: Polynomial, removed: Sequence[int] | None = None) -> None:
         self.ladders = ladders
         self.removed = [0] * len(ladders) if removed is None else list(removed)
-        self.counts = [float(ladder.left[steps]) for ladder, steps in zip(ladders, self.removed, strict=True)]
+        self.counts = [ladder.widths[steps] for ladder, steps in zip(ladders, self.removed, strict=True)]
         number = {ladder.name: i for i, ladder in enumerate(ladders)}
         # per structure the monomials in which it occurs: (coefficient, its power, numbers of the other variables)
         self.terms: list[list[tuple[float, int, tuple[int, ...]]]] = [[] for _ in ladders]
@@ -77,8 +93,8 @@ class _State:
                 self.terms[number[name]].append((coefficient, names.count(name), others))
         self.cost = polynomial.evaluate(dict(zip(number, self.counts, strict=True)))
 
-    def change(self, i: int, size: int) -> float:
-        """How much the cost falls when structure ``i`` loses ``size`` units; negative where it gains some."""
+    def change(self, i: int, size: float) -> float:
+        """How much the cost falls when structure ``i`` loses the width ``size``; negative where it gains some."""
         counts = self.counts
         count = counts[i]
         total = 0.0
@@ -91,17 +107,21 @@ class _State:
 
     def down(self, i: int) -> None:
         """Take the next step of structure ``i``."""
-        size = self.ladders[i].sizes[self.removed[i]]
-        self.cost -= self.change(i, size)
-        self.counts[i] -= size
+        widths, steps = self.ladders[i].widths, self.removed[i]
+        self.cost -= self.change(i, widths[steps] - widths[steps + 1])
+        self.counts[i] = widths[steps + 1]
         self.removed[i] += 1
+
+    def added(self, i: int) -> float:
+        """How much the cost rises when the last step of structure ``i`` is taken back."""
+        widths, steps = self.ladders[i].widths, self.removed[i]
+        return -self.change(i, widths[steps] - widths[steps - 1])
 
     def up(self, i: int) -> None:
         """Take back the last step of structure ``i``."""
+        self.cost += self.added(i)
         self.removed[i] -= 1
-        size = self.ladders[i].sizes[self.removed[i]]
-        self.cost -= self.change(i, -size)
-        self.counts[i] += size
+        self.counts[i] = self.ladders[i].widths[self.removed[i]]
 
     def copy(self) -> _State:
         other = _State.__new__(_State)
@@ -135,7 +155,7 @@ def choose_global(
     ratios = []
     for i, ladder in enumerate(ladders):
         if ladder.sizes:
-            cost = state.change(i, 1)
+            cost = state.change(i, ladder.unit_width)
             ratios += [loss / (size * cost) for loss, size in zip(ladder.losses, ladder.sizes, strict=True)]
     # owners of all steps, best to remove first; the sort is stable, so the steps of one ladder stay in order
     owners = torch.repeat_interleave(torch.tensor([len(ladder.sizes) for ladder in ladders]))
@@ -159,8 +179,7 @@ def _refill(state: _State, path: Sequence[int], budget: float, without: int = -1
     for i in reversed(path):
         if i not in open_ or not state.removed[i]:
             continue
-        added = -state.change(i, -state.ladders[i].sizes[state.removed[i] - 1])
-        if state.cost + added <= budget:
+        if state.cost + state.added(i) <= budget:
             state.up(i)
         else:
             open_.discard(i)
@@ -228,7 +247,7 @@ def choose_uniform(ladders: Sequence[Ladder], polynomial: Polynomial, budget: fl
         return [_steps_to(ladder, fractions[ladder.kind]) for ladder in ladders]
 
     def fits(fractions: dict[str, float]) -> bool:
-        counts = {ladder.name: ladder.left[n] for ladder, n in zip(ladders, steps(fractions), strict=True)}
+        counts = {ladder.name: ladder.widths[n] for ladder, n in zip(ladders, steps(fractions), strict=True)}
         return polynomial.evaluate(counts) <= budget
 
     common = _largest(lambda q: fits(dict.fromkeys(kinds, q)), 0.0)

@@ -8,10 +8,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (  # from low to high: a module imports from its own layer and from those before it
-    {"regularizers", "schedules", "polynomials", "selection", "distillation_losses", "quantizers", "token_scores"},
+    {
+        "regularizers",
+        "schedules",
+        "polynomials",
+        "selection",
+        "distillation_losses",
+        "quantizers",
+        "timing",
+        "token_scores",
+    },
     {"structures", "plan", "plan_format", "strict_json"},
     {"discovery", "importance", "costs", "unit_groups"},
-    {"budget", "surgery", "tokens", "quantization"},
+    {"budget", "surgery", "latency", "tokens", "quantization"},
     {"analysis", "explanation", "report", "export", "saving", "vocabulary"},
     {"callbacks"},
 )

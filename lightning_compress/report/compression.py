@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from lightning_compress.report.latency import Latency
+from lightning_compress.timing import Latency
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,20 @@ class Latency:
         seconds: median.
         best: shortest.
         runs: number of timed runs.
+        spread: half the distance between the quartiles, as a fraction of the median; 0 for fewer than three runs.
     """
 
     seconds: float
     best: float
     runs: int
+    spread: float = 0.0
+
+    @classmethod
+    def of(cls, times: Sequence[float]) -> Latency:
+        """What is said of these times, in seconds."""
+        median = statistics.median(times)
+        low, _, high = statistics.quantiles(times, method="inclusive") if len(times) > 2 else (median, median, median)
+        return cls(median, min(times), len(times), (high - low) / 2 / median if median else 0.0)
 
 
 def measure_latency(
@@ -103,4 +112,4 @@ def measure_latency(
         finally:
             for module, mode in training.items():
                 module.training = mode
-    return {name: Latency(statistics.median(t), min(t), len(t)) for name, t in times.items()}
+    return {name: Latency.of(t) for name, t in times.items()}
