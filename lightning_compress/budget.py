@@ -27,6 +27,7 @@ from lightning_compress.plan import PruningPlan
 from lightning_compress.polynomials import Polynomial
 from lightning_compress.selection import Ladder, choose_global, choose_uniform
 from lightning_compress.structures import KINDS, Structure, Structures
+from lightning_compress.timing import measure_latency
 
 Metric = Literal["params", "macs", "units"]
 Target = Literal["params", "macs", "units", "latency"]
@@ -116,13 +117,18 @@ def make_plan(
                 "Expected example=(args, kwargs), the call whose latency counts, or table=..., but got neither."
             )
         table = measure_latency_table(model, structures, args, kwargs, seconds=seconds)
-    goal = LatencyGoal(
-        latency, None if latency_ms is None else latency_ms / 1e3, args=args, kwargs=kwargs, max_seconds=seconds
-    )
     if example is None:
         fraction = latency if latency is not None else _fraction_of(latency_ms, table, structures)
         problem = _Problem.of(structures, None, None, None, round_to, min_units, fraction, table)
         return _plan(model, structures, problem.solve(scores, per_layer)[0])
+    goal = LatencyGoal(
+        latency,
+        None if latency_ms is None else latency_ms / 1e3,
+        args=args,
+        kwargs=kwargs,
+        max_seconds=seconds,
+        measure=measure_latency,
+    )
     return plan_for_latency(model, structures, goal, table, scores, round_to, min_units, per_layer=per_layer)[0]
 
 
@@ -300,7 +306,10 @@ class _Problem:
                     "Expected table=... for a latency, what measure_latency_table(...) returned, but got none."
                 )
             cost_polynomial(structures, "macs")  # refuses a list without costs
-            model, default = table.model(structures), {n: m for n, m in table.multiples.items() if n in structures.counts}
+            model, default = (
+                table.model(structures),
+                {n: m for n, m in table.multiples.items() if n in structures.counts},
+            )
             polynomial = model.polynomial
         else:
             polynomial = cost_polynomial(structures, metric)
@@ -410,8 +419,8 @@ def _example(example: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
         or not isinstance(example[1], Mapping)
     ):
         raise TypeError(
-            f"Expected example to be (args, kwargs), a tuple and a dict, but got {type(example).__name__}. For model(x) "
-            f"pass example=((x,), {{}})."
+            f"Expected example to be (args, kwargs), a tuple and a dict, but got {type(example).__name__}. For "
+            f"model(x) pass example=((x,), {{}})."
         )
     return tuple(example[0]), dict(example[1])
 

@@ -15,11 +15,21 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_compress.budget import BudgetWarning, Metric, PerStructure, make_plan, select
+from lightning_compress.budget import (
+    BudgetWarning,
+    PerStructure,
+    Target,
+    kept_fraction,
+    make_plan,
+    plan_for_latency,
+    select,
+)
 from lightning_compress.callbacks.checkpoint import before_load, take_shape
+from lightning_compress.callbacks.latency_target import LatencyTarget
 from lightning_compress.callbacks.moments import FitLength, Moment
 from lightning_compress.callbacks.removal import check_finite, check_single_process, make_report
 from lightning_compress.callbacks.session import CompressionSession, log_progress, traced_module
+from lightning_compress.callbacks.shrinkage import unit_costs
 from lightning_compress.callbacks.sparsity_settings import check_count, check_importance
 from lightning_compress.importance import Importance, TaylorAccumulator, unit_norms, unit_scores
 from lightning_compress.plan import PruningPlan
@@ -42,7 +52,10 @@ class FinalizeCompression(Callback):
     Args:
         macs: kept fraction of the multiply-accumulates of the prunable part, in (0, 1]; or
         params: kept fraction of its parameters; or
-        units: kept fraction of the number of units. Exactly one of the three.
+        units: kept fraction of the number of units; or
+        latency: measured latency of the first batch on this device, as a fraction of that of the dense module, in
+            (0, 1]: a table is measured when sparsifying begins (or found on disk), and at the last removal the smaller
+            module is measured and corrected until it is met within 5 %. Exactly one of the four.
         at: moment of the removal as a fraction of the fit, in (0, 1]; or
         at_epoch: after so many epochs; or
         at_step: after so many optimizer steps. Default: ``at=0.6``.
@@ -58,6 +71,8 @@ class FinalizeCompression(Callback):
             ("head", "ffn").
         report: whether to measure latency and file size, and to print the report.
         module: dotted name of the sub-module to compress. Default: found from the first step.
+        latency_batch: with ``latency``, so many examples of the first batch make the measured call. Default: all.
+        latency_seconds: with ``latency``, measure for about so long, when sparsifying begins and at the removal.
 
     Attributes:
         plan: what was removed, in the coordinates of the original model; None before.
@@ -87,8 +102,12 @@ class FinalizeCompression(Callback):
         kinds: Sequence[str] | None = None,
         report: bool = True,
         module: str | None = None,
+        latency: float | None = None,
+        latency_batch: int | None = None,
+        latency_seconds: float | None = None,
     ) -> None:
-        self.metric, self.fraction = _one_target(macs, params, units)
+        self.metric, self.fraction = _one_target(macs, params, units, latency)
+        self._latency = LatencyTarget.of(self.metric, latency_batch, latency_seconds)
         self.moment = Moment(0.6 if at is None and at_epoch is None and at_step is None else at, at_epoch, at_step)
         check_count("rounds", rounds)
         if importance is not None:
@@ -117,6 +136,8 @@ class FinalizeCompression(Callback):
         self._start = 0.0
         self._last_step = 0
         self._taylor: TaylorAccumulator | None = None
+        if self._latency is not None:
+            self._latency.forget()
         self._dense: nn.Module | None = None
         self._before: tuple[int, int] = (0, 0)
         self._errors: list[float] = []
@@ -140,9 +161,33 @@ class FinalizeCompression(Callback):
 
     # What StructuredSparsity asks
 
-    def options(self, target: Mapping[str, float]) -> dict[str, Any]:
-        """Arguments of ``budget.select`` and ``make_plan``: a target and what else the plan must respect."""
-        return {**target, "round_to": self.round_to, "min_units": self.min_units, "per_layer": self.per_layer}
+    def options(self, fraction: float) -> dict[str, Any]:
+        """Arguments of ``budget.select`` and ``make_plan``: a target and what else the plan must respect.
+
+        Args:
+            fraction: of the cost of the dense module; the target is one of what is left of it now.
+        """
+        session = self._joined()
+        assert session.dense is not None and session.structures is not None
+        target: dict[str, Any]
+        if self._latency is not None:
+            table = self._latency.table(session)
+            target = {"latency": min(1.0, fraction / table.estimate(session.structures)), "table": table}
+        else:
+            left = kept_fraction(session.dense, session.structures.counts, self.metric)  # type: ignore[arg-type]
+            target = {self.metric: min(1.0, fraction / left)}
+        return {**target, **self._limits()}
+
+    def _limits(self) -> dict[str, Any]:
+        return {"round_to": self.round_to, "min_units": self.min_units, "per_layer": self.per_layer}
+
+    def unit_costs(self) -> dict[str, float]:
+        """What the removal of one unit of each structure saves of the cost that is budgeted."""
+        session = self._joined()
+        assert session.structures is not None
+        if self._latency is not None:
+            return self._latency.table(session).unit_seconds(session.structures)
+        return unit_costs(session.structures, self.metric)
 
     def next_position(self, start: float) -> float:
         """Position of the next removal, from 0 (begin of the fit) to 1 (the last), if rounds begin at ``start``."""
@@ -183,6 +228,8 @@ class FinalizeCompression(Callback):
         session = self._joined()
         check_single_process(trainer, pl_module)
         session.watch(pl_module)
+        if self._latency is not None:
+            self._latency.context = trainer.precision_plugin.forward_context
         self._length = FitLength.of(trainer)
         if self.skipped:
             rank_zero_warn(
@@ -273,6 +320,7 @@ class FinalizeCompression(Callback):
             "before": list(self._before),
             "errors": list(self._errors),
             "report": None if self.report is None else self.report.to_json(),
+            "latency": None if self._latency is None else self._latency.to_json(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -282,6 +330,8 @@ class FinalizeCompression(Callback):
         self._done = state_dict["done"]
         self._before = tuple(state_dict["before"])
         self._errors = list(state_dict["errors"])
+        if self._latency is not None:
+            self._latency.load(state_dict.get("latency"))
         self.report = None if state_dict["report"] is None else CompressionReport.from_json(state_dict["report"])
 
     # What happens in them
@@ -313,7 +363,7 @@ class FinalizeCompression(Callback):
         assert structures is not None
         if self._joined().version == 0:
             uniform = {s.name: torch.ones(s.units, dtype=torch.float64) for s in structures}
-            select(structures, uniform, **self.options({self.metric: self.fraction}))
+            select(structures, uniform, **self.options(self.fraction))
 
     def scores(self) -> dict[str, Tensor]:
         """Score of every unit, by which the removal chooses."""
@@ -343,16 +393,20 @@ class FinalizeCompression(Callback):
             prepare()
         if session.version == 0:
             self._before = (count_parameters(session.traced), file_size(session.traced) if self.wants_report else 0)
-            if self.wants_report and self._dense is None:
+            if (self.wants_report or self._latency is not None) and self._dense is None:
                 self._dense = copy.deepcopy(session.traced)
         target = ramp(self._done / self.rounds, begin_value=1.0, end_value=self.fraction, shape=self.schedule)
-        target = session.fraction_of_now(target, self.metric)
-        options = self.options({self.metric: target})
         with warnings.catch_warnings():
             if not self.finished:
                 # nobody asked for the targets in between: how well they are met is no news
                 warnings.simplefilter("ignore", BudgetWarning)
-            plan = make_plan(session.traced, session.structures, scores=self.scores(), **options)
+            if self._latency is not None and self.finished:
+                goal, table = self._latency.goal(session, target, self._dense), self._latency.table(session)
+                plan, _ = plan_for_latency(
+                    session.traced, session.structures, goal, table, self.scores(), **self._limits()
+                )
+            else:
+                plan = make_plan(session.traced, session.structures, scores=self.scores(), **self.options(target))
         # surgery computes in float64 and on copies of the inputs: no autocast, no inference mode around it
         with torch.autocast(pl_module.device.type, enabled=False):
             verify = (session.example.args, session.example.kwargs)
@@ -374,14 +428,16 @@ class FinalizeCompression(Callback):
             self._dense = None
 
 
-def _one_target(macs: float | None, params: float | None, units: float | None) -> tuple[Metric, float]:
-    given: dict[Metric, float] = {}
-    for metric, value in (("macs", macs), ("params", params), ("units", units)):
+def _one_target(
+    macs: float | None, params: float | None, units: float | None, latency: float | None
+) -> tuple[Target, float]:
+    given: dict[Target, float] = {}
+    for metric, value in (("macs", macs), ("params", params), ("units", units), ("latency", latency)):
         if value is not None:
             given[metric] = value  # type: ignore[index]
     if len(given) != 1:
         raise ValueError(
-            f"Expected exactly one target among macs, params and units, but got "
+            f"Expected exactly one target among macs, params, units and latency, but got "
             f"{', '.join(f'{k}={v}' for k, v in given.items()) or 'none'}. "
             "For example: FinalizeCompression(macs=0.4)."
         )

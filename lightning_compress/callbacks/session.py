@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_compress.analysis import discover
-from lightning_compress.budget import Metric, kept_fraction
+from lightning_compress.budget import kept_fraction
 from lightning_compress.callbacks.checkpoint import before_load, structures_from_state, structures_state
 from lightning_compress.callbacks.example import ExampleCall, smallest_example, undisturbed
 from lightning_compress.callbacks.optimizer_steps import OptimizerSteps
@@ -294,12 +294,6 @@ class CompressionSession:
                 alive[name] = min(alive[name], count)
         units = sum(self.dense.counts.values())
         return {"sparsity": 1.0 - sum(alive.values()) / units, "macs_kept": kept_fraction(self.dense, alive, "macs")}
-
-    def fraction_of_now(self, fraction: float, metric: Metric) -> float:
-        """A kept fraction of the original prunable cost as a fraction of what is left of it now."""
-        assert self.dense is not None and self.structures is not None
-        left = kept_fraction(self.dense, self.structures.counts, metric)
-        return min(1.0, fraction / left)
 
 
 def log_progress(pl_module: pl.LightningModule, values: Mapping[str, float]) -> None:

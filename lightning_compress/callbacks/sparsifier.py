@@ -74,8 +74,8 @@ class Sparsifier:
         parameters = session.parameters()
         own = self._own_structures()
         if settings.groups == "coupled":
-            metric = session.finalizer.metric if session.finalizer is not None else "macs"
-            costs = unit_costs(session.structures, metric)
+            finalizer = session.finalizer
+            costs = unit_costs(session.structures, "macs") if finalizer is None else finalizer.unit_costs()
             self._shrinkage = CoupledShrinkage(parameters, own, settings.regularizer, session.steps, costs)
         else:
             lines = chosen_groups(
@@ -201,8 +201,7 @@ class Sparsifier:
         if finalizer is not None and (settings.trimmed or settings.automatic):
             done = min(1.0, max(0.0, (position - self.start) / (1 - self.start)))
             target = ramp(done, begin_value=1.0, end_value=finalizer.fraction, shape=settings.schedule)
-            target = session.fraction_of_now(max(target, finalizer.fraction), finalizer.metric)
-            options = finalizer.options({finalizer.metric: target})
+            options = finalizer.options(max(target, finalizer.fraction))
             self._protect(select(session.structures, self._observed_scores(), **options))
             if settings.automatic:
                 steps = self._steps_left(position, finalizer.next_position(self.start))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -90,8 +91,6 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    import platform
-
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -124,6 +123,7 @@ def table_key(model: nn.Module, structures: Structures, args: Sequence[Any], kwa
                 s.tier,
                 [[p.parameter, p.axis, p.size, p.role, list(p.indices.shape)] for p in s.slices],
                 [repr(edit) for edit in s.edits],
+                [s.floor, *s.members],
             ]
             for s in structures
         ],

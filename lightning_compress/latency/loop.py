@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,9 @@ from lightning_compress.timing import Latency, measure_latency
 # A plan meets a latency within this fraction; the loop stops a little earlier, so that the next measurement agrees.
 TOLERANCE = 0.05
 NEAR_ENOUGH = 0.025
-ROUNDS = 5
+ROUNDS = 6
+# A plan that seems right by a measurement with a larger standard error than this is measured a second time.
+CERTAIN = 0.015
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class LatencyGoal:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     reference: nn.Module | None = None
     max_seconds: float = 30.0
-    context: Callable[[], AbstractContextManager[Any]] | None = None
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
     measure: Measure = measure_latency
 
 
@@ -51,9 +53,9 @@ class LatencyMet:
 
     Args:
         kept: structure name -> bool of shape (units,), what stays.
-        ratio: measured latency over the one that was asked for.
-        small: measured latency of the planned model.
-        dense: measured latency of the reference.
+        ratio: measured latency over the one that was asked for; over all measurements of the plan.
+        small: measured latency of the planned model, the last time.
+        dense: measured latency of the reference, then.
         rounds: measurements made.
         stuck: why no other plan was tried after the last; "" where one was near enough.
     """
@@ -69,6 +71,34 @@ class LatencyMet:
     def met(self) -> bool:
         """Whether the latency is within 5 % of what was asked for."""
         return abs(self.ratio - 1) <= TOLERANCE
+
+
+@dataclass
+class _Try:
+    """One plan and what was measured of it."""
+
+    estimate: float
+    kept: Mapping[str, Tensor]
+    ratios: list[float] = field(default_factory=list)  # measured / goal
+    times: list[dict[str, Latency]] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        return math.prod(self.ratios) ** (1 / len(self.ratios))
+
+    @property
+    def near(self) -> bool:
+        return abs(self.ratio - 1) <= NEAR_ENOUGH
+
+    @property
+    def certain(self) -> bool:
+        """Whether another measurement would tell little more."""
+        small, dense = self.times[-1]["small"], self.times[-1]["dense"]
+        error = 1.85 * math.hypot(small.spread, dense.spread) / math.sqrt(max(1, small.runs))
+        return len(self.ratios) > 1 or error <= CERTAIN
+
+    def met(self, rounds: int, stuck: str = "") -> LatencyMet:
+        return LatencyMet(self.kept, self.ratio, self.times[-1]["small"], self.times[-1]["dense"], rounds, stuck)
 
 
 def meet(
@@ -89,17 +119,19 @@ def meet(
         start: estimate to begin with.
         smallest: smallest estimate within reach.
     """
-    best: LatencyMet | None = None
-    tried: dict[tuple[int, ...], None] = {}
-    seen: list[tuple[float, float]] = []  # (estimate, measured / goal)
-    estimate, stuck = min(1.0, max(start, smallest)), ""
-    for number in range(1, ROUNDS + 1):
+    tries: dict[tuple[int, ...], _Try] = {}  # by kept counts, the last one measured at the end
+    uncertain: _Try | None = None
+    estimate, rounds = min(1.0, max(start, smallest)), 0
+    stuck = f"{ROUNDS} rounds of measuring and correcting did not bring it nearer"
+    while rounds < ROUNDS:
         kept = solve(estimate)
         counts = {name: int(mask.sum()) for name, mask in kept.items()}
-        if (plan := tuple(counts.values())) in tried:
+        plan = tuple(counts.values())
+        tried = tries.pop(plan, None) or _Try(estimate, kept)
+        tries[plan] = tried
+        if tried.ratios and tried is not uncertain:
             stuck = "the next plan is one that was measured already: a smaller round_to would allow smaller steps"
             break
-        tried[plan] = None
         times = goal.measure(
             {"dense": goal.reference or model, "small": narrowed_copy(model, structures, counts)},
             goal.args,
@@ -107,41 +139,46 @@ def meet(
             repeats=101,
             warmup=1,
             max_seconds=goal.max_seconds / ROUNDS,
-            context=goal.context() if goal.context is not None else None,
+            context=goal.context(),
         )
-        dense, small = times["dense"], times["small"]
-        wanted = goal.seconds if goal.seconds is not None else (goal.fraction or 1.0) * dense.seconds
-        ratio = small.seconds / wanted
-        if best is None or abs(ratio - 1) < abs(best.ratio - 1):
-            best = LatencyMet(kept, ratio, small, dense, number)
-        if abs(ratio - 1) <= NEAR_ENOUGH:
-            return best
-        seen.append((estimate, ratio))
-        following = min(1.0, max(next_estimate(seen), smallest))
+        rounds += 1
+        wanted = goal.seconds if goal.seconds is not None else (goal.fraction or 1.0) * times["dense"].seconds
+        tried.ratios.append(times["small"].seconds / wanted)
+        tried.times.append(times)
+        uncertain = None
+        if tried.near:
+            if tried.certain:
+                return tried.met(rounds)
+            uncertain = tried
+            continue
+        following = min(1.0, max(next_estimate([(t.estimate, t.ratio) for t in tries.values()]), smallest))
         if following == estimate:
-            stuck = "nothing smaller is within reach" if ratio > 1 else "nothing is removed any more"
+            stuck = "nothing smaller is within reach" if tried.ratio > 1 else "nothing is removed any more"
             break
         estimate = following
-    assert best is not None
-    if not stuck:
-        stuck = f"{ROUNDS} rounds of measuring and correcting did not bring it nearer"
-    return LatencyMet(best.kept, best.ratio, best.small, best.dense, len(seen), stuck)
+    return min(tries.values(), key=lambda t: abs(t.ratio - 1)).met(rounds, stuck)
 
 
 def next_estimate(seen: Sequence[tuple[float, float]]) -> float:
     """The estimate at which the measured latency should be the goal.
 
-    Between measurements on both sides of the goal by interpolation, in logarithms; else in proportion to the last.
+    Linear between measurements on both sides of the goal, and beyond the last two where these agree that less work
+    takes less time: what a wrong table lacks is mostly a constant. Else in proportion to the last.
 
     Args:
         seen: (estimate, measured / goal) of each round, one or more.
     """
+    estimate, ratio = seen[-1]
     below = max((s for s in seen if s[1] <= 1), default=None)
     above = min((s for s in seen if s[1] > 1), default=None)
-    if below is not None and above is not None and below[0] < above[0]:
-        share = math.log(1 / below[1]) / math.log(above[1] / below[1])
+    if below is not None and above is not None:
+        if below[0] >= above[0]:
+            return estimate / ratio  # noise: the sides are the wrong way round
         # away from the ends: a bracket that shrinks on one side only takes long
-        share = min(max(share, 0.1), 0.9)
-        return below[0] * (above[0] / below[0]) ** share
-    estimate, ratio = seen[-1]
+        share = min(max((1 - below[1]) / (above[1] - below[1]), 0.1), 0.9)
+        return below[0] + (above[0] - below[0]) * share
+    if len(seen) > 1:
+        before, other = seen[-2]
+        if (ratio - other) * (estimate - before) > 0:
+            return estimate + (1 - ratio) * (estimate - before) / (ratio - other)
     return estimate / ratio

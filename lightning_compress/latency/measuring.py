@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ def measure_latency_table(
     *,
     seconds: float = 30.0,
     cache: bool = True,
-    context: AbstractContextManager[Any] | None = None,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     measure: Measure = measure_latency,
 ) -> LatencyTable:
     """Measure the latency of a call on this device at several widths of each structure.
@@ -56,7 +56,7 @@ def measure_latency_table(
         kwargs: keyword arguments of the call.
         seconds: measure for about this long; every copy is run at least twice, however long that takes.
         cache: whether to look for the table on disk, and to keep it there.
-        context: a context to measure in, such as autocast; it must allow to be entered once.
+        context: makes a context to measure in, such as ``lambda: torch.autocast("cuda")``.
         measure: what measures, ``timing.measure_latency``.
 
     Raises:
@@ -64,7 +64,8 @@ def measure_latency_table(
     """
     check_proven(structures)
     kwargs = dict(kwargs or {})
-    key = table_key(model, structures, args, kwargs)
+    with context():
+        key = table_key(model, structures, args, kwargs)
     if cache and (known := read_table(key, structures)) is not None:
         return known
     families = _families(model, structures)
@@ -74,7 +75,7 @@ def measure_latency_table(
         if i == len(variants) // 2:
             models["dense again"] = model  # what every ratio is taken of is measured twice; the two show the noise
         models[str(i)] = narrowed_copy(model, structures, variant.counts)
-    times = measure(models, args, kwargs, repeats=101, warmup=1, max_seconds=seconds, context=context)
+    times = measure(models, args, kwargs, repeats=101, warmup=1, max_seconds=seconds, context=context())
     table = _tabulate(structures, families, variants, times, key, device_name(model), call_in_words(args, kwargs))
     if cache:
         write_table(table)
@@ -134,7 +135,8 @@ def _families(model: nn.Module, structures: Structures) -> list[list[Structure]]
             owner = modules.get(p.parameter.rpartition(".")[0])
             pattern = (p.indices - p.indices.min()).tolist() if p.indices.numel() <= 4096 else list(p.indices.shape)
             pieces.append((type(owner), shapes.get(p.parameter), p.axis, p.size, p.role, str(pattern)))
-        key = (s.kind, s.units, s.tier, round(own.evaluate(structures.counts)), tuple(pieces))
+        members = tuple(type(modules.get(path)) for path in s.members)
+        key = (s.kind, s.units, s.tier, s.floor, members, round(own.evaluate(structures.counts)), tuple(pieces))
         families.setdefault(key, []).append(s)
         cost[key] = cost.get(key, 0.0) + own.evaluate(structures.counts)
     return [families[key] for key in sorted(families, key=lambda key: -cost[key])]
@@ -145,22 +147,23 @@ def grain_of(units: int) -> int:
     return min(GRAIN, 2 ** int(math.log2(units / 8))) if units >= 8 else 1
 
 
-def _at(fraction: float, units: int) -> int:
-    """The multiple of the grain nearest to a fraction of the units, at least one and less than all where possible."""
-    grain = grain_of(units)
-    return min(max(round(fraction * units / grain), 1) * grain, units)
+def _at(fraction: float, structure: Structure) -> int:
+    """The multiple of the grain nearest to a fraction of the units, at least one of them and the structure's floor."""
+    grain = grain_of(structure.units)
+    least = max(1, -(-structure.floor // grain))
+    return min(max(round(fraction * structure.units / grain), least) * grain, structure.units)
 
 
 def _variants(structures: Structures, families: Sequence[Sequence[Structure]]) -> list[_Variant]:
     """What to measure: all together first, then family by family as long as there is room."""
     variants = [
         _Variant(-1, 0, dict(counts))
-        for counts in dict.fromkeys(tuple((s.name, _at(f, s.units)) for s in structures) for f in TOGETHER)
+        for counts in dict.fromkeys(tuple((s.name, _at(f, s)) for s in structures) for f in TOGETHER)
     ]
     for number, family in enumerate(families):
         units, grain = family[0].units, grain_of(family[0].units)
-        widths = [(n, True) for n in dict.fromkeys(_at(f, units) for f in WIDTHS) if n < units]
-        base = _at(0.5, units)
+        widths = [(n, True) for n in dict.fromkeys(_at(f, family[0]) for f in WIDTHS) if n < units]
+        base = _at(0.5, family[0])
         wide = all(p.indices.shape[1] % GRAIN == 0 for p in family[0].slices)  # whole heads are aligned anyway
         if not wide and grain < base < units:
             widths += [(base - a, False) for a in MISALIGNED if a < grain]
@@ -212,15 +215,15 @@ def _tabulate(
                 share = alone / jointly if jointly > 0 else 1.0
                 points.append((variant.count, (1.0 - latency) * share / len(family)))
         error = max(e for _, _, e in found) / len(family)
-        rows.append(LatencyRow(names, units, _multiple(units, found), tuple(sorted(points, reverse=True)), error))
+        rows.append(LatencyRow(names, units, _multiple(family[0], found), tuple(sorted(points, reverse=True)), error))
     return LatencyTable(key, device, call, dense, noise, tuple(rows), tuple(together))
 
 
-def _multiple(units: int, found: Sequence[tuple[_Variant, float, float]]) -> int:
+def _multiple(structure: Structure, found: Sequence[tuple[_Variant, float, float]]) -> int:
     """The smallest multiple at which, and at all larger powers of two, no width is slower than its neighbours."""
-    aligned = sorted([(v.count, latency) for v, latency, _ in found if v.aligned] + [(units, 1.0)])
-    base = _at(0.5, units)
-    best = grain_of(units)
+    aligned = sorted([(v.count, latency) for v, latency, _ in found if v.aligned] + [(structure.units, 1.0)])
+    base = _at(0.5, structure)
+    best = grain_of(structure.units)
     others = sorted((base - v.count, v.count, latency) for v, latency, _ in found if not v.aligned)
     if not others:
         return 1

@@ -134,7 +134,7 @@ def build(
     pace = _pace(part, full, savings, together, saved_macs)
     smoothed: dict[str, dict[float, float]] = {}
     for name, saving in savings.items():
-        points = {}
+        points: dict[float, float] = {}
         for count, value in saving.points:
             prior = pace * saved_macs(name, count)
             if prior > 0:
@@ -148,14 +148,14 @@ def build(
     # no structure can save more than its work
     rates = {}
     for name, points in smoothed.items():
-        count = min(points)
-        macs_there = saved_macs(name, count) if name in part.variables else 0.0
-        rates[name] = max(points[count], 0.0) / macs_there if macs_there else 0.0
+        least = min(points)
+        macs_there = saved_macs(name, least) if name in part.variables else 0.0
+        rates[name] = max(points[least], 0.0) / macs_there if macs_there else 0.0
     terms = {names: c * max(rates[n] for n in names) for names, c in part}
     for name, points in smoothed.items():
         if name not in part.variables:
-            count = min(points)
-            terms[(name,)] = max(points[count], 0.0) / (full[name] - count)
+            least = min(points)
+            terms[(name,)] = max(points[least], 0.0) / (full[name] - least)
     polynomial = Polynomial(terms)
     total = polynomial.evaluate(full)
     scale = min(1.0, 0.999 / total) if total > 0 else 1.0  # the structures cannot take more than all of the time
@@ -178,10 +178,12 @@ def _pace(
 ) -> float:
     """Latency per MAC of all structures: from the measurement together that says most, else from the single ones."""
     whole = part.evaluate(full)
-    totals = [(whole - part.evaluate({**full, **counts}), 1.0 - latency) for counts, latency in together]
+    totals: list[tuple[float, float]] = [
+        (whole - part.evaluate({**full, **counts}), 1.0 - latency) for counts, latency in together
+    ]
     if totals and max(totals)[0] > 0:
-        macs, saved = max(totals)
-        return max(saved, 0.0) / macs
+        work, gain = max(totals)
+        return max(gain, 0.0) / work
     macs = saved = 0.0
     for name, saving in savings.items():
         for count, value in saving.points:
@@ -204,7 +206,9 @@ def _effective_counts(
         return sum(c * count**power for power, c in powers.items())
 
     # measurements first made monotone: fewer units never take longer
-    left = Curve.through([*((n, time(full[name]) - scale * s) for n, s in points.items()), (full[name], time(full[name]))])
+    left = Curve.through(
+        [*((n, time(full[name]) - scale * s) for n, s in points.items()), (full[name], time(full[name]))]
+    )
     result = []
     for count, seconds in left.points:
         low, high = 0.0, full[name]

@@ -92,7 +92,10 @@ class LatencyTable:
                 )
         names = {s.name for s in structures}
         savings = {
-            name: Saving(row.units, row.points, row.error) for row in self.rows for name in row.structures if name in names
+            name: Saving(row.units, row.points, row.error)
+            for row in self.rows
+            for name in row.structures
+            if name in names
         }
         # what was measured with other structures removed as well says nothing about these alone
         together = self.together if len(names) == len(units) else ()
@@ -105,8 +108,22 @@ class LatencyTable:
         """
         return self.model(structures).estimate({**structures.counts, **(counts or {})})
 
+    def unit_seconds(self, structures: Structures) -> dict[str, float]:
+        """Latency that the removal of one unit of each structure saves on average, all others being there."""
+        model, counts = self.model(structures), structures.counts
+        whole = model.added(counts)
+        rows = {name: row for row in self.rows for name in row.structures}
+        saved = {}
+        for s in structures:
+            least = min([count for count, _ in rows[s.name].points if count < s.units], default=0)
+            part = whole - model.added({**counts, s.name: least})
+            saved[s.name] = self.dense_seconds * part / (s.units - least)
+        return saved
+
     def __str__(self) -> str:
-        lines = [f"{self.call} on {self.device}: {self.dense_seconds * 1e3:.2f} ms, equal runs differ by {self.noise:.1%}"]
+        lines = [
+            f"{self.call} on {self.device}: {self.dense_seconds * 1e3:.2f} ms, equal runs differ by {self.noise:.1%}"
+        ]
         for row in self.rows:
             others = f" and {len(row.structures) - 1} like it" if len(row.structures) > 1 else ""
             multiple = f", multiples of {row.multiple}" if row.multiple > 1 else ""
@@ -180,7 +197,7 @@ class LatencyTable:
 def _row(value: Any, path: str) -> LatencyRow:
     value = _object(value, path, {"structures", "units", "multiple", "points", "error"})
     units = _integer(value["units"], f"{path}.units", 1, LARGEST_COUNT)
-    points = []
+    points: list[tuple[int, float]] = []
     for j, point in enumerate(_list(value["points"], f"{path}.points")):
         where = f"{path}.points[{j}]"
         if not isinstance(point, list) or len(point) != 2:

@@ -298,7 +298,7 @@ def test_a_model_that_has_diverged_is_left_alone(where: str, message: str) -> No
     [
         (
             {},
-            r"Expected exactly one target among macs, params and units, but got none. For example: "
+            r"Expected exactly one target among macs, params, units and latency, but got none. For example: "
             r"FinalizeCompression\(macs=0.4\)",
         ),
         ({"macs": 0.4, "params": 0.5}, "but got macs=0.4, params=0.5"),

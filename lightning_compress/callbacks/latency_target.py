@@ -1,0 +1,121 @@
+"""The latency that a fit is to meet: the call that is measured, and the table, measured once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_compress.callbacks.example import ExampleCall
+from lightning_compress.callbacks.session import CompressionSession
+from lightning_compress.callbacks.sparsity_settings import check_count
+from lightning_compress.latency import LatencyGoal, LatencyTable, measure_latency_table
+from lightning_compress.timing import measure_latency
+
+SECONDS = 30.0
+
+
+@dataclass
+class LatencyTarget:
+    """What `FinalizeCompression` measures.
+
+    Args:
+        examples: examples of the first batch in the measured call; None for all of it.
+        seconds: bound on measuring, for the table and again for the removal.
+        context: makes the context in which the Trainer runs a forward pass.
+    """
+
+    examples: int | None = None
+    seconds: float = SECONDS
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    _table: LatencyTable | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, metric: str, examples: int | None, seconds: float | None) -> LatencyTarget | None:
+        """The target, or None for a budget of another metric; raises ValueError for settings that do not fit."""
+        for name, value in (("latency_batch", examples), ("latency_seconds", seconds)):
+            if value is not None and metric != "latency":
+                raise ValueError(
+                    f"Expected {name} together with latency, for which something is measured, but got "
+                    f"{name}={value!r} with {metric}. Give latency=0.5 in place of {metric}, or leave {name} out."
+                )
+        if metric != "latency":
+            return None
+        if examples is not None:
+            check_count("latency_batch", examples)
+        if seconds is not None and (isinstance(seconds, bool) or not seconds > 0):
+            raise ValueError(f"Expected latency_seconds to be a positive number, but got {seconds!r}.")
+        return cls(examples, SECONDS if seconds is None else float(seconds))
+
+    def forget(self) -> None:
+        """Begin a new fit."""
+        self._table = None
+
+    def call(self, session: CompressionSession) -> ExampleCall:
+        """The call that is measured; raises ValueError if the first batch has too few examples."""
+        batch = session.batch
+        assert batch is not None
+        if self.examples is None or batch.size == self.examples:
+            return batch
+        narrow = batch.narrowed(self.examples)
+        if narrow is None:
+            had = f"{batch.size} example(s)" if batch.size is not None else "tensors without a common leading size"
+            raise ValueError(
+                f"Expected a first batch of at least latency_batch={self.examples} examples, but it has {had}. Lower "
+                "latency_batch, or leave it out to measure the batch as it is."
+            )
+        return narrow
+
+    def table(self, session: CompressionSession) -> LatencyTable:
+        """The table of the dense module, measured when it is first asked for."""
+        if self._table is None:
+            assert session.traced is not None and session.structures is not None
+            call = self.call(session)
+            # a fit resumed after a removal has the table of its checkpoint
+            assert session.version == 0, "the table is that of the dense module"
+            with torch.inference_mode(False), torch.autocast(_device(session.traced), enabled=False):
+                self._table = measure_latency_table(
+                    session.traced,
+                    session.structures,
+                    call.args,
+                    call.kwargs,
+                    seconds=self.seconds,
+                    context=self.context,
+                    measure=measure_latency,
+                )
+        return self._table
+
+    def goal(self, session: CompressionSession, fraction: float, dense: nn.Module | None) -> LatencyGoal:
+        """What the last removal is to meet: ``fraction`` of the latency of ``dense``, the module before the first.
+
+        Without it, in a fit resumed between removals, the latency of the module as it is now is what the table says.
+        """
+        call = self.call(session)
+        if dense is None:
+            assert session.structures is not None
+            fraction = min(1.0, fraction / self.table(session).estimate(session.structures))
+        return LatencyGoal(
+            fraction,
+            args=call.args,
+            kwargs=call.kwargs,
+            reference=dense,
+            max_seconds=self.seconds,
+            context=self.context,
+            measure=measure_latency,
+        )
+
+    def to_json(self) -> str | None:
+        """The table for a checkpoint."""
+        return None if self._table is None else self._table.to_json()
+
+    def load(self, text: str | None) -> None:
+        """Take the table of a checkpoint."""
+        self._table = None if text is None else LatencyTable.from_json(text)
+
+
+def _device(module: nn.Module) -> str:
+    return next((p.device.type for p in module.parameters()), "cpu")
