@@ -318,7 +318,7 @@ class _Problem:
         problem = cls(structures, metric, fraction, polynomial, 0.0, multiples, {}, model)
         floors = problem.floors
         for s in structures:
-            floor = -(-minima[s.name] // multiples[s.name]) * multiples[s.name]
+            floor = -(-max(minima[s.name], s.floor) // multiples[s.name]) * multiples[s.name]
             floors[s.name] = min(floor, s.units)
             if s.name not in polynomial.variables or problem.width(s.name, floor) >= problem.width(s.name, s.units):
                 floors[s.name] = s.units  # removing its units saves nothing of this cost

@@ -528,3 +528,9 @@ def test_two_rounds_are_their_composition(first: float) -> None:
     promised = structures.params.evaluate(both.counts)
     assert promised == sum(p.numel() for p in model.parameters())
     assert kept_fraction(structures, both.counts, "params") == pytest.approx(first * 0.5, rel=0.02)
+
+
+def test_the_floor_of_a_structure_holds() -> None:
+    structures = Structures([Structure("a", "ffn", 8, (), floor=3)], weight_macs=Polynomial.variable("a"))
+    with pytest.raises(ValueError, match=r"macs=0\.25 lies below macs=0\.375"):
+        select(structures, {"a": torch.ones(8)}, macs=0.25)
