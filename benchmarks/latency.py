@@ -145,6 +145,15 @@ def machine() -> str:
     return f"{os.cpu_count()} CPU cores, {names[0] if names else platform.machine()}, shared with other work"
 
 
+def command_line() -> str:
+    """The command, without the place of its results."""
+    arguments = sys.argv[1:]
+    if "--results" in arguments:
+        at = arguments.index("--results")
+        del arguments[at : at + 2]
+    return " ".join(["python", "benchmarks/latency.py", *arguments])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
@@ -168,7 +177,7 @@ def main() -> None:
         known = json.loads(options.results.read_text()) if options.results.exists() else {}
         clock = "CPU seconds of the process" if options.cpu_time else "seconds by the wall"
         known[f"batch of {batch}, {options.threads} thread(s), {clock}"] = {
-            "command": " ".join(["python", "benchmarks/latency.py", *sys.argv[1:]]),
+            "command": command_line(),
             "seed": options.seed,
             "threads": options.threads,
             "machine": machine(),
