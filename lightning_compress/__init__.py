@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_CALLBACKS = ("Distillation", "FinalizeCompression", "StructuredSparsity")
+_CALLBACKS = ("Distillation", "FinalizeCompression", "StructuredSparsity", "load_from_checkpoint")
 
 __all__ = [
     "EXACT_KINDS",
@@ -75,6 +75,7 @@ __all__ = [
     "hoyer_square_factors",
     "kept_fraction",
     "load_compressed",
+    "load_from_checkpoint",
     "logits_kl",
     "make_plan",
     "measure_latency",

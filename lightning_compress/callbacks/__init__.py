@@ -2,6 +2,7 @@
 
 from lightning_compress.callbacks.distillation import Distillation
 from lightning_compress.callbacks.finalize_compression import FinalizeCompression
+from lightning_compress.callbacks.loading import load_from_checkpoint
 from lightning_compress.callbacks.structured_sparsity import StructuredSparsity
 
-__all__ = ["Distillation", "FinalizeCompression", "StructuredSparsity"]
+__all__ = ["Distillation", "FinalizeCompression", "StructuredSparsity", "load_from_checkpoint"]

@@ -42,7 +42,7 @@ def run(
     module = Classifier(Transformer())
     own = callbacks(**options)
     fitting = trainer(*(reversed(own) if reverse else own), *more, max_epochs=6)
-    fitting.fit(module, loader(sequences=True), ckpt_path=None if resume is None else str(resume), weights_only=False)
+    fitting.fit(module, loader(sequences=True), ckpt_path=None if resume is None else str(resume))
     return module, own[2]
 
 
@@ -93,9 +93,7 @@ def test_a_checkpoint_of_the_small_model_is_tested_with_a_dense_module(tmp_path:
         run(Crash(path, 5))
     module = WithTest(Transformer())
     for _ in range(2):  # the second time it is small already
-        trainer(*callbacks()).test(
-            module, loader(sequences=True), ckpt_path=str(path), verbose=False, weights_only=False
-        )
-        weights = torch.load(path, weights_only=False)["state_dict"]
+        trainer(*callbacks()).test(module, loader(sequences=True), ckpt_path=str(path), verbose=False)
+        weights = torch.load(path, weights_only=True)["state_dict"]
         assert {n: p.shape for n, p in module.state_dict().items()} == {n: p.shape for n, p in weights.items()}
         assert "on_load_checkpoint" not in vars(module)
