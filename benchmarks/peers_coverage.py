@@ -1,7 +1,7 @@
 """The families of docs/coverage.md under Torch-Pruning, on terms as fair as we know how to make them.
 
     python benchmarks/peers_coverage.py                # every family, a process and a time limit for each question
-    python benchmarks/peers_coverage.py --only BERT    # some of them; writes nothing
+    python benchmarks/peers_coverage.py --only BERT    # some of them, beside the answers that there are
 
 Two questions for each family of ``tests/families.py``, both about half of every group of weights:
 
@@ -412,7 +412,10 @@ def main() -> None:
     import torch_pruning  # noqa: F401  before the forks
 
     families: dict[str, dict[str, Any]] = {}
-    for name, example in coverage.models_of(str(ROOT / coverage.ZOO)).items():
+    if options.only and RESULTS.exists():
+        families = json.loads(RESULTS.read_text(encoding="utf-8"))["families"]
+    models = coverage.models_of(str(ROOT / coverage.ZOO))
+    for name, example in models.items():
         if not re.search(options.only, name):
             continue
         used, checked = (asked(example, question, options.timeout) for question in (False, True))
@@ -425,12 +428,11 @@ def main() -> None:
         "python": platform.python_version(),
         "machine": f"{os.cpu_count()} CPU cores, one thread",
         "timeout": options.timeout,
-        "families": families,
+        "families": {name: families[name] for name in models if name in families},
     }
-    if not options.only:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        PAGE.write_text(page_of(record), encoding="utf-8")
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page_of(record), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -266,21 +266,28 @@ class EinsumAttention(nn.Module):
 
 
 class FunctionalWeights(nn.Module):
-    """Bare parameters, ``F.linear``, ``F.layer_norm``, a packed projection cut up by narrow."""
+    """Bare parameters, ``F.linear``, ``F.layer_norm``; the packed projection is cut up by chunk.
 
-    def __init__(self) -> None:
+    ``narrow``: by narrow at the width of the input, which no attribute can repair.
+    """
+
+    def __init__(self, narrow: bool) -> None:
         super().__init__()
+        self.heads, self.narrow = HEADS, narrow
         self.packed, self.bias = nn.Parameter(torch.randn(3 * WIDTH, WIDTH) * 0.1), nn.Parameter(torch.zeros(3 * WIDTH))
         self.out = nn.Parameter(torch.randn(WIDTH, WIDTH) * 0.1)
         self.up, self.down = nn.Parameter(torch.randn(WIDTH, FFN) * 0.1), nn.Parameter(torch.randn(FFN, WIDTH) * 0.1)
         self.gain, self.shift = nn.Parameter(torch.ones(WIDTH)), nn.Parameter(torch.zeros(WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
+        width = x.shape[-1]
         packed = F.linear(F.layer_norm(x, (width,), self.gain, self.shift), self.packed, self.bias)
-        parts = (packed.narrow(-1, i * width, width).unflatten(-1, (HEADS, -1)).transpose(1, 2) for i in range(3))
-        mixed = F.scaled_dot_product_attention(*parts)
-        x = x + F.linear(mixed.transpose(1, 2).reshape(batch, tokens, -1), self.out)
+        parts = packed.chunk(3, -1)
+        if self.narrow:
+            parts = tuple(packed.narrow(-1, i * width, width) for i in range(3))
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=12**-0.5)
+        x = x + F.linear(mixed.transpose(1, 2).flatten(2), self.out)
         return x + F.gelu(x @ self.up) @ self.down
 
 
@@ -405,7 +412,8 @@ BY_HAND: dict[str, Example] = {
     "chunk(3) and sdpa": Example(lambda: _encoder(ChunkedAttention(), Perceptron()), (SEQUENCE,)),
     "einsum": Example(lambda: _encoder(EinsumAttention(), Perceptron()), (SEQUENCE,)),
     "gates in one projection": Example(lambda: _encoder(GatedChunk()), (SEQUENCE,)),
-    "functional weights": Example(lambda: SequenceClassifier(FunctionalWeights()), (SEQUENCE,)),
+    "functional weights": Example(lambda: SequenceClassifier(FunctionalWeights(narrow=True)), (SEQUENCE,)),
+    "functional weights, chunk(3)": Example(lambda: SequenceClassifier(FunctionalWeights(narrow=False)), (SEQUENCE,)),
     "in-place operations": Example(lambda: _encoder(InPlace()), (SEQUENCE,)),
     "list of heads": Example(lambda: SequenceClassifier(AttentionList()), (SEQUENCE,)),
     "cross attention, bmm": Example(CrossAttention, (SEQUENCE, _noise(2, 6, 21))),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="needs the extra `hf`")
 
-from benchmarks import coverage, examination
+from benchmarks import coverage, examination, peers_coverage
 from benchmarks.coverage import TITLES, cell, row_of
 from benchmarks.examination import KindVerdict, Snapshot, Verdict, difference, examine
 from tests.families import MODELS
@@ -34,8 +34,8 @@ LACKING = {
     "Qwen3": {"qk_dim"},  # queries and keys are normalised over their dims
     "list of heads": {"head"},  # one projection for each
 }
-# Where the weights are no layer's own and forward names their sizes, nothing can be put in between.
-REFUSED = {"functional weights": ATTENTION}
+# Where forward names a size and the weights are no layer's own, nothing can be put between them.
+REFUSED = {"functional weights": ATTENTION, "functional weights, chunk(3)": {"qk_dim", "vo_dim"}}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -62,6 +62,13 @@ def test_family(name: str) -> None:
 
 def test_the_page_lists_every_family() -> None:
     assert list(TABLE) == list(MODELS)
+
+
+def test_the_page_beside_others_says_what_was_measured() -> None:
+    record = json.loads(peers_coverage.RESULTS.read_text(encoding="utf-8"))
+    assert list(record["families"]) == list(MODELS)
+    assert peers_coverage.PAGE.read_text(encoding="utf-8") == peers_coverage.page_of(record)
+    assert not any(family["as_used"]["result"] == "died" for family in record["families"].values())
 
 
 # --------------------------------------------------------------------------------- the examination is no rubber stamp
