@@ -40,7 +40,15 @@ from benchmarks.examination import KindVerdict, Verdict, examine
 ROOT = Path(__file__).resolve().parents[1]
 ZOO = "tests/families.py:MODELS"
 COMMAND = "python benchmarks/coverage.py --markdown docs/coverage.md"
-TITLES = {"head": "heads", "qk_dim": "Q/K dims", "vo_dim": "V/O dims", "ffn": "FFN units", "channel": "channels"}
+TITLES = {
+    "head": "heads",
+    "qk_dim": "Q/K dims",
+    "vo_dim": "V/O dims",
+    "ffn": "FFN units",
+    "channel": "channels",
+    "hidden": "residual width",
+}
+PAGE_KINDS = tuple(TITLES)
 SHOWN = 150  # characters of a reason
 
 
@@ -216,6 +224,7 @@ families.
 - *exact (n)*: n structures removed, outputs equal. *By shim*: between the cut weights a gather or scatter keeps the
   original width.
 - *refused (n)*: found free, but no way to remove them was verified. *whole (n)*: pinned by discovery. Reasons: below.
+- Residual width is compared with a model whose norms leave the removed positions out.
 - *–*: there is nothing of the kind, or only the model's own input and output.
 
 {chr(10).join(f"| {' | '.join(row)} |" for row in rows)}
@@ -236,7 +245,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", default=str(ROOT / ZOO), help="PATH.py[:NAME] (default: the families of the tests)")
     parser.add_argument("--only", default="", help="models whose name matches this regular expression")
-    parser.add_argument("--kinds", nargs="+", help="kinds of structures (default: those that discover looks for)")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        help="kinds of structures (default: those that discover looks for; on the page residual width, too)",
+    )
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one model (default: 120)")
     parser.add_argument("--json", type=Path, help="write every verdict here")
     parser.add_argument("--markdown", type=Path, help="write the table here")
@@ -246,15 +259,16 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     preload()
     models: Mapping[str, Any] = models_of(options.zoo)
+    kinds = options.kinds or (PAGE_KINDS if options.markdown else None)
     verdicts: list[Verdict] = []
     started = time.perf_counter()
     for name, example in models.items():
         if not re.search(options.only, name):
             continue
         if options.here:
-            verdict = examine(example.build, example.args, example.kwargs, name, kinds=options.kinds)
+            verdict = examine(example.build, example.args, example.kwargs, name, kinds=kinds)
         else:
-            verdict = examined(name, example, options.timeout, options.kinds)
+            verdict = examined(name, example, options.timeout, kinds)
         verdicts.append(verdict)
         print(line_of(verdict), flush=True)
         if not options.quiet:

@@ -42,7 +42,7 @@ REFUSED = {"functional weights": ATTENTION, "functional weights, chunk(3)": {"qk
 @pytest.mark.parametrize("name", MODELS)
 def test_family(name: str) -> None:
     example = MODELS[name]
-    verdict = examine(example.build, example.args, example.kwargs, name)
+    verdict = examine(example.build, example.args, example.kwargs, name, kinds=coverage.PAGE_KINDS)
     assert not verdict.flags, verdict.notes
     assert verdict.smaller
     single = any("examined in float32" in note for note in verdict.notes)
@@ -189,7 +189,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     coverage.main()
     (verdict,) = [Verdict.from_dict(v) for v in json.loads((tmp_path / "v.json").read_text())]
     assert verdict.name == "one" and verdict.complete and verdict.kinds["ffn"].exact == 1
-    assert "| one | – | – | – | exact (1) | – |" in (tmp_path / "page.md").read_text()
+    assert "| one | – | – | – | exact (1) | – | – |" in (tmp_path / "page.md").read_text()
     assert "1 models: 100.0% smaller, 100.0% with every structure exact; wrong 0" in capsys.readouterr().out
 
 

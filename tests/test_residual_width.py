@@ -162,7 +162,22 @@ class Halves(nn.Module):
         return self.down(self.norm(torch.cat([self.a(x), self.b(x)], -1)))
 
 
-@pytest.mark.parametrize("model", [Functional(), Halves()], ids=["functional", "two families"])
+class Residual(nn.Module):
+    """A norm in a module whose input and output are the stream, beside weights that a narrower input would not fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.inner, self.down = nn.Linear(4, 8), nn.Module(), nn.Linear(8, 3)
+        self.inner.weight = nn.Parameter(torch.randn(8, 8))
+        self.inner.forward = lambda x: x + nn.functional.layer_norm(x, (8,)) @ self.inner.weight
+
+    def forward(self, x: Tensor) -> Any:
+        return self.down(self.inner(self.up(x)))
+
+
+@pytest.mark.parametrize(
+    "model", [Functional(), Halves(), Residual()], ids=["functional", "two families", "beside other weights"]
+)
 def test_what_no_mask_can_say_stays_whole_with_the_reason(model: nn.Module) -> None:
     structures = discover(model, (torch.randn(5, 4),), kinds=(*EXACT_KINDS, "hidden"))
     assert isinstance(structures, Structures) and not structures

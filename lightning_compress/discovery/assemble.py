@@ -181,6 +181,11 @@ def _settle_look_ups(trace: Trace, families: Mapping[int, Family], *, renumber: 
 
 def _place(trace: Trace, module: str, atom: Axis) -> Normalisation | None:
     """The one dimension of the module's input and output that is ``atom``, in all calls; None where there is none."""
+    prefix = f"{module}." if module else ""
+    for member in trace.members.values():
+        axes = [find(axis) for axis in member.dims if axis is not None]
+        if member.name.startswith(prefix) and (len(axes) > 1 or any(axis is not atom for axis in axes)):
+            return None  # it does more than normalise: a narrower input would not fit its other weights
     places = set()
     for face in trace.faces.get(module, ()):
         for dims in (face.taken, face.returned):
