@@ -68,7 +68,7 @@ class Outcome:
 
     Args:
         result: "exact" or "shape kept", "wrong" or "other shape", "broken" (the forward raises afterwards), "raised"
-            (so did the tool), "nothing pruned", "hung", "died".
+            (so did the tool), "nothing pruned", "hung", "died", "not measured" (the question could not be put).
         saved: share of the parameters that went.
         seconds: for everything.
         note: what was raised and where, how large the error is.
@@ -293,7 +293,7 @@ def _child(example: Any, checked: bool, pipe: Any) -> None:
     try:
         outcome = answer(example, checked)
     except Exception as failure:  # not its fault: our own part of the question
-        outcome = Outcome("died", note=text_of(failure))
+        outcome = Outcome("not measured", note=text_of(failure))
     pipe.send(asdict(outcome))
     pipe.close()
 
@@ -363,8 +363,8 @@ def page_of(record: Mapping[str, Any]) -> str:
     ]
     return f"""# Coverage, side by side
 
-Written by `{record["command"]}` ({", ".join(f"{k} {v}" for k, v in record["versions"].items())}; {record["machine"]};
-{record["timeout"]:g} s for each question; raw answers in
+Written by `{record["command"]}` ({", ".join(f"{k} {v}" for k, v in record["versions"].items())};
+{record["machine"]}; {record["timeout"]:g} s for each question; raw answers in
 [peers_coverage.json](../benchmarks/results/peers_coverage.json)).
 
 The families of [coverage.md](coverage.md) under [Torch-Pruning](https://github.com/VainF/Torch-Pruning), half of
@@ -390,8 +390,7 @@ Torch-Pruning as can be checked: {counted(checked)}. As used: {counted(used)}.
 Where it does well: whatever it removed without raising or breaking the forward was exact{_but(checked)}. On
 convolutional networks it removes the same channels; it prunes residual width out of the box, which saves most where it
 works.
-{f"It saves more than this library in its checkable part on {', '.join(more)}." if more else ""}
-
+{f"It saves more than this library in its checkable part on {', '.join(more)}.{chr(10)}" if more else ""}
 What was raised, or where it stopped:
 
 {chr(10).join(notes)}
@@ -426,7 +425,7 @@ def main() -> None:
         "command": COMMAND,
         "versions": {name: version(name) for name in ("torch-pruning", "torch", "transformers")},
         "python": platform.python_version(),
-        "machine": f"{os.cpu_count()} CPU cores, one thread",
+        "machine": f"{os.cpu_count()} CPU cores, one thread, beside other work",
         "timeout": options.timeout,
         "families": {name: families[name] for name in models if name in families},
     }
