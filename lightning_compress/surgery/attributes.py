@@ -109,12 +109,11 @@ def candidates(
             if change[0] != change[1]:
                 sizes.setdefault(change, (number, size))
 
-    places: dict[str, set[tuple[str, int]]] = {}
+    # which pieces a module holds, and how deep: one layer makes the units and the next, of the same class, reads them
+    places: dict[str, set[tuple[str, int, int]]] = {}
     for piece in structure.slices:
-        for path in around(owner_path(piece.parameter)):
-            place = places.setdefault(path, set())
-            if path == owner_path(piece.parameter):
-                place.add((piece.role, piece.axis))
+        for depth, path in enumerate(around(owner_path(piece.parameter))):
+            places.setdefault(path, set()).add((piece.role, piece.axis, depth))
     centre = anchor(structure)
     for (
         path,

@@ -479,11 +479,11 @@ class Workbench:
         ways.update(harmonised(accepted))
 
     def _other_way(self, way: Removal, accepted: dict[str, Removal], reason: str) -> tuple[str | None, Removal]:
-        bare = replace(way, structure=replace(way.structure, tier=None, edits=()))
+        given = self.removals.get(way.structure.name, way)
+        bare = replace(given, structure=replace(given.structure, tier=None, edits=()))
         place = self._place_to_try(bare.structure)
-        searches: list[Callable[[Removal, str], Found | str]] = [self._find_shim]
-        if way.structure.name in self.removals and self.removals[way.structure.name].structure.tier is not None:
-            searches.insert(0, self._find_native)  # its edits came from elsewhere: look for them here, too
+        # its edits may come from elsewhere, from a look-alike: look for them here, too
+        searches: list[Callable[[Removal, str], Found | str]] = [self._find_native, self._find_shim]
         for search in searches:
             found = search(bare, place)
             if isinstance(found, str):

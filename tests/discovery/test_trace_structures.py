@@ -229,6 +229,26 @@ FREE = {
         PIXELS,
         {("channel", 6): 1},
     ),
+    "shuffle in one operation": (
+        Lambda(
+            lambda s, x: s.f(s.d(F.channel_shuffle(s.c(x), 3)).mean((2, 3))),
+            c=C(),
+            d=nn.Conv2d(24, 18, 3, 1, 1),
+            f=nn.Linear(18, 7),
+        ),
+        PIXELS,
+        {("channel", 3): 1, ("channel", 8): 1, ("channel", 18): 1},
+    ),
+    "rows written where a mask says": (
+        Lambda(
+            lambda s, x: s.b(s.a(x).masked_scatter((x[:, :1] > 0).expand(-1, 50), s.c(x))),
+            a=A(),
+            b=B(),
+            c=A(),
+        ),
+        ROWS,
+        {("ffn", 50): 1},
+    ),
     "convolution flattened": (
         Lambda(lambda s, x: s.f(F.relu(s.c(x)).flatten(1)), c=nn.Conv2d(3, 24, 3, 4, 1), f=nn.Linear(24 * 16, 7)),
         PIXELS,

@@ -203,3 +203,41 @@ class Codes(nn.Module):
 def test_layers_in_a_list_are_compared_at_the_module_that_calls_them() -> None:
     model = built(Codes)
     assert "encoder.layers.ffn" in [s.name for s in halve(model, noise(2, 6))]
+
+
+class Sized(nn.Module):
+    """A linear layer whose weight is viewed with the module's own sizes."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.inputs, self.outputs, self.kernel = inputs, outputs, nn.Linear(3 * inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.kernel.weight.view(self.outputs, 3, self.inputs).transpose(1, 2)
+        return torch.relu(nn.functional.conv1d(x, weight, self.kernel.bias))
+
+
+def test_equal_sizes_of_neighbouring_layers_are_told_apart() -> None:
+    model = built(nn.Sequential, Sized(5, 12), Sized(12, 12), Sized(12, 12), nn.Flatten(), nn.Linear(36, 2))
+    assert all(s.tier == "native" for s in halve(model, noise(2, 5, 9)))
+
+
+class Shifted(nn.Module):
+    """Attention whose scores are viewed by windows only where they are masked."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(20, 20) for _ in range(4))
+        self.masked, self.heads, self.width = masked, 4, 20
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).view(len(x), 6, -1, 5).transpose(1, 2) for p in (self.q, self.k, self.v))
+        scores = q @ k.transpose(-1, -2)
+        if self.masked:
+            scores = (scores.view(-1, 2, self.heads, 6, 6) + torch.arange(2.0).view(2, 1, 1, 1)).view(scores.shape)
+        return x + self.o((scores.softmax(-1) @ v).transpose(1, 2).reshape(len(x), -1, self.width))
+
+
+def test_a_look_alike_that_needs_one_attribute_more_gets_it() -> None:
+    model = built(nn.Sequential, nn.Linear(6, 20), Shifted(False), Shifted(True), nn.Linear(20, 3))
+    assert all(s.tier == "native" for s in halve(model, noise(2, 6, 6)) if s.kind == "head")

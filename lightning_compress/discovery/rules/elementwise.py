@@ -11,6 +11,7 @@ ELEMENTWISE = (
     "elementwise clone _to_copy to alias detach contiguous masked_fill where copy fill zero lift_fresh lift_fresh_copy "
     "zeros_like ones_like full_like empty_like rand_like randn_like native_dropout dropout bernoulli uniform normal "
     "gelu silu _conj view_as_real nan_to_num _unsafe_masked_fill complex polar _prelu_kernel rrelu_with_noise "
+    "floor_divide "
     "hardswish leaky_relu_backward threshold_backward sigmoid_backward tanh_backward gelu_backward silu_backward "
     "elu_backward softplus_backward hardtanh_backward hardswish_backward hardsigmoid_backward mish_backward "
     "log_sigmoid_forward log_sigmoid_backward"

@@ -156,3 +156,23 @@ def class_loss(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
         for axis in trace.dims(tensor):
             axes.pin(axis, REASON)
     return [trace.pinned(output, REASON) for output in call.outputs]
+
+
+@rule("masked_scatter")
+def masked_scatter(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
+    """Rows of one tensor written where a mask says so: the masked dimensions stay whole, the rows keep theirs.
+
+    That holds if the mask is the same at all positions of the last dimension, which is looked up in its values.
+    """
+    target, mask, source = call["self"], call["mask"], call["source"]
+    if type(mask) is not Tensor or mask.is_meta or not mask.dim() == target.dim() > 0:
+        raise NoRule
+    rows = source.dim() > 0 and source.shape[-1] == target.shape[-1]
+    if not rows or not torch.equal(mask, mask[..., :1].expand_as(mask)):
+        raise NoRule
+    dims, given, written = trace.dims(target), trace.dims(mask), trace.dims(source)
+    axes.unify(dims[-1], written[-1])
+    axes.unify(dims[-1], given[-1])
+    for axis in (*dims[:-1], *given[:-1], *written[:-1]):
+        axes.pin(axis, MASKED)
+    return [dims]

@@ -224,6 +224,17 @@ def unfold(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     return [[*dims, made[-1]]]
 
 
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
+    """Channels (groups, channels of a group) become (channels of a group, groups)."""
+    dims, groups = trace.dims(call.inputs[0]), int(call["groups"])
+    channel = dims[1]
+    if channel is not None and 1 < groups < channel.size:
+        outer, inner = axes.split(channel, [groups, channel.size // groups])
+        dims[1] = axes.product([inner, outer])
+    return [dims]
+
+
 @rule("pixel_shuffle", "pixel_unshuffle")
 def pixel_shuffle(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     """Blocks of r * r channels become pixels, or the reverse."""
