@@ -86,7 +86,31 @@ def core_edits(structure: Structure, modules: Mapping[str, nn.Module]) -> tuple[
                 faces or piece.parameter.endswith(("bias_k", "bias_v"))
             ):
                 found.setdefault(path)
-    return tuple(CoreEdit(path, axis) for path in found) if axis is not None else ()  # type: ignore[arg-type]
+    edits = ((path, axis or _core_axis(structure, path, modules[path])) for path in found)
+    return tuple(CoreEdit(path, which) for path, which in edits if which is not None)  # type: ignore[arg-type]
+
+
+def _core_axis(structure: Structure, path: str, attention: nn.Module) -> str | None:
+    """What the units of ``structure`` are to the attention at ``path``, by where they lie in its projections.
+
+    The kind does not tell where the queries are weights themselves (learned queries that pool a sequence).
+    """
+    first = attention.num_heads * getattr(attention, "qk_head_dim", attention.head_dim)  # type: ignore[operator]
+    scores = mixes = False
+    for piece in structure.slices:
+        owner, _, name = piece.parameter.rpartition(".")
+        if owner == path and name.startswith("in_proj"):
+            scores |= bool((piece.indices < 2 * first).any())
+            mixes |= bool((piece.indices >= 2 * first).any())
+        elif owner == path:
+            scores |= name in ("q_proj_weight", "k_proj_weight", "bias_k")
+            mixes |= name in ("v_proj_weight", "bias_v")
+        elif owner == f"{path}.out_proj":
+            mixes |= piece.axis == 1
+    axis = "heads" if scores and mixes else "qk_head_dim" if scores else "vo_head_dim" if mixes else ""
+    counts = {"heads": attention.num_heads, "qk_head_dim": attention.head_dim, "vo_head_dim": attention.head_dim}
+    counted = getattr(attention, axis, counts.get(axis))  # a slim one says it itself
+    return axis if axis and structure.units == counted else None
 
 
 def candidates(
