@@ -171,7 +171,7 @@ def split(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
             outer.append(first)
             inner.append(second)
     for other in inner[1:]:
-        unify(inner[0], other)
+        _unify(inner[0], other)
     axis.form, axis.parts = "product", [concat(outer), find(inner[0])]
     return [axis.parts[0], *split(axis.parts[1], sizes[1:])]
 
@@ -212,9 +212,20 @@ def regroup(axes: Sequence[Axis], sizes: Sequence[int]) -> list[Axis]:
 
 
 def unify(a: Axis | None, b: Axis | None) -> None:
-    """State that two axes are the same: position i of one is position i of the other."""
+    """State that two axes are the same: position i of one is position i of the other.
+
+    Where they cannot be lined up both stay whole.
+    """
     if a is None or b is None:
         return
+    try:
+        _unify(a, b)
+    except AxisMismatch as mismatch:
+        for axis in (a, b):
+            pin(axis, f"it does not line up with what it meets: {mismatch}")
+
+
+def _unify(a: Axis, b: Axis) -> None:
     a, b = find(a), find(b)
     if a is b:
         return
@@ -235,7 +246,7 @@ def unify(a: Axis | None, b: Axis | None) -> None:
     else:
         packed, factored = (a, b) if a.form == "concat" else (b, a)
         split(packed, [part.size for part in flat(factored, "product")])
-        unify(packed, factored)
+        _unify(packed, factored)
 
 
 def _unify_products(a: Axis, b: Axis) -> None:
@@ -247,7 +258,7 @@ def _unify_products(a: Axis, b: Axis) -> None:
         elif y.form == "product":
             right[0:1] = flat(y, "product")
         elif x.size == y.size:
-            unify(x, y)
+            _unify(x, y)
             left.pop(0)
             right.pop(0)
         elif x.size % y.size == 0:
@@ -269,7 +280,7 @@ def _unify_concats(a: Axis, b: Axis) -> None:
         elif y.form == "concat":
             right[0:1] = flat(y, "concat")
         elif x.size == y.size:
-            unify(x, y)
+            _unify(x, y)
             left.pop(0)
             right.pop(0)
         else:
@@ -335,7 +346,9 @@ def select(dims: Sequence[Axis | None], dim: int, index: int) -> list[Axis | Non
     if chosen is None:
         return rest
     if chosen.copies is None and not _tell_apart(chosen, rest):
-        pin(chosen, "single positions of it are taken by index")
+        # of a dimension that was cut into segments before, only the position that is read has to stay
+        segments = find(chosen).form == "concat"
+        pin(take(chosen, index, index + 1) if segments else chosen, "single positions of it are taken by index")
         return rest
     copy: dict[int, Axis] = chosen.copies[index]  # type: ignore[index, assignment]
     return [axis if axis is None else copy.get(id(axis), axis) for axis in rest]

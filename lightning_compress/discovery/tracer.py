@@ -184,6 +184,10 @@ class Trace(TorchDispatchMode):
         self.dims(tensor)
         return self._sources.get(tensor, frozenset())
 
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether the values of this tensor are known and the same in every call: a literal in the forward."""
+        return type(tensor) is Tensor and not tensor.is_meta and tensor not in self._active and not self.sources(tensor)
+
     def note(self, tensor: Tensor, axis: Axis | None, role: str) -> None:
         """State that the weight behind ``tensor`` uses ``axis`` in this role; nothing for an activation."""
         if axis is not None:

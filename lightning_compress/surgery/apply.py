@@ -150,10 +150,12 @@ def apply_plan(
     with torch.inference_mode(False), torch.no_grad(), Transaction(model.modules(), optimizers):
         reference: Outputs = {}
         renumbering: Renumbering | None = None
+        ran = False
         if verify is not None and removals:
             removals, perturbed_error = _find_ways(model, plan.structures, removals, args, kwargs, tolerance)
             renumbering = Renumbering(model, removals, args, kwargs)
             reference = _zeroed_outputs(model, removals, args, kwargs)
+            ran = _failure(model, args, kwargs) is None
             kept = once(kept_axes(removals), tensors)  # a way may leave some tensors whole
         names = {r.structure.name for r in removals}
         shapes = {name: tuple(tensors[name].shape) for name in kept}
@@ -162,6 +164,13 @@ def apply_plan(
         if renumbering is not None:
             error = _final_error(model, reference, renumbering, [r.structure.name for r in removals], args, kwargs)
             _check_error(error, tolerance)
+            failure = _failure(model, *renumbering.inputs(args, kwargs, [r.structure.name for r in removals]))
+            if ran and failure is not None:
+                raise SurgeryError(
+                    "Expected the smaller model to run in its own precision as the original does, but it raised "
+                    f"{type(failure).__name__}: {failure}. Nothing was changed; a kernel may ask for other widths (a "
+                    "multiple of 8, say)."
+                )
 
     ways = {r.structure.name: r.structure for r in removals}
     done = replace(plan, structures=tuple(ways.get(s.name, s) for s in plan.structures))
@@ -231,6 +240,16 @@ def _final_error(
             raise SurgeryError(
                 f"Expected the smaller model to return what the zeroed one does, but {mismatch}."
             ) from None
+
+
+def _failure(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
+    """What the example call raises in the precision of the model, where kernels are pickier than in float64."""
+    with Rehearsal(model) as rehearsal:
+        try:
+            rehearsal.run(model, args, kwargs, exact=False)
+        except Exception as failure:  # foreign code may raise anything
+            return failure
+    return None
 
 
 def _check_error(error: float, tolerance: float) -> None:

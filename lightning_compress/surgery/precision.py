@@ -110,6 +110,13 @@ class DoublePrecision(TorchDispatchMode):
         arguments = [raised(value) for value in args]
         if func is torch.ops.aten._grouped_mm.default and arguments[0].dtype == torch.float64:
             return grouped_matmul(*arguments, **{key: raised(value) for key, value in kwargs.items()})
+        if func is torch.ops.aten._to_copy.default and kwargs.keys() == {"dtype"}:
+            dtype = raised(kwargs["dtype"])
+            if arguments[0].dtype == dtype and 0 not in arguments[0].stride():
+                # a cast that does nothing in the model's own precision; strides must stay, as some operations mind them
+                return torch.empty_strided(
+                    arguments[0].shape, arguments[0].stride(), dtype=dtype, device=arguments[0].device
+                ).copy_(arguments[0])
         result = func(*arguments, **{key: raised(value) for key, value in kwargs.items()})
         if not count and isinstance(result, Tensor) and result.dtype in DOUBLE:
             return result.to(DOUBLE[result.dtype])

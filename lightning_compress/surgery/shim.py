@@ -48,10 +48,16 @@ class Shim:
 
 
 class ScatterOutput(Shim):
-    """Forward hook: writes the module's output into zeros of the interface's width."""
+    """Forward hook: writes the module's output into zeros of the interface's width.
 
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    Of a tuple the first tensor is meant (a quantized layer returns its scale, too).
+    """
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The output at the interface's width."""
+        if type(output) is tuple:
+            place = next((i for i, value in enumerate(output) if isinstance(value, Tensor)), 0)
+            return (*output[:place], self(module, args, output[place]), *output[place + 1 :])
         shape = list(output.shape)
         shape[self.dim] = self.width
         return output.new_zeros(shape).index_copy(self.dim, getattr(module, BUFFERS["output"]), output)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lightning_compress.discovery.outputs import Output, flatten
 from lightning_compress.discovery.tracer import decomposed, evaluation
@@ -55,17 +56,21 @@ class Rehearsal:
     ) -> None:
         self._stack.close()
 
-    def run(self, call: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outputs:
-        """The outputs of ``call(*args, **kwargs)``; ``call`` is the model or one of its sub-modules."""
+    def run(self, call: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, exact: bool = True) -> Outputs:
+        """The outputs of ``call(*args, **kwargs)``; ``call`` is the model or one of its sub-modules.
+
+        Not ``exact``, the call is made in the precision of its own.
+        """
         random.seed(0)
         torch.default_generator.manual_seed(0)  # torch.manual_seed would queue seeds for every backend, which is slow
         for device in self._devices:
             torch.cuda.default_generators[device].manual_seed(0)
         buffers = [(buffer, buffer.clone()) for buffer in call.buffers()]
         attributes = [(module.__dict__, dict(module.__dict__)) for module in call.modules()]
-        inputs = to_double((tuple(args), dict(kwargs)))
+        inputs = (tuple(args), dict(kwargs))
+        inputs = to_double(inputs) if exact else tree_map_only(Tensor, Tensor.clone, inputs)
         try:
-            with DoublePrecision():
+            with DoublePrecision() if exact else nullcontext():
                 return flatten(call(*inputs[0], **inputs[1]))
         finally:
             for buffer, before in buffers:

@@ -95,8 +95,18 @@ def test_sizes_that_do_not_line_up_are_refused(size, sizes):
 
 
 def test_axes_of_different_size_are_never_the_same():
-    with pytest.raises(AxisMismatch, match="sizes 3 and 4 differ"):
-        axes.unify(Axis(3), Axis(4))
+    three, four = Axis(3), Axis(4)
+    axes.unify(three, four)
+    assert find(three) is not find(four)
+    assert three.reasons == four.reasons == {"it does not line up with what it meets: sizes 3 and 4 differ"}
+
+
+def test_a_view_that_does_not_line_up_pins_no_other_dimension():
+    """Attention scores (heads, rows, columns) viewed as (heads, columns, rows), as relative shifts do."""
+    heads, rows, columns = Axis(4), Axis(9), Axis(15)
+    result = reshape.view([heads, rows, columns], (4, 9, 15), (4, 15, 9))
+    assert result[0] is heads and not heads.reasons
+    assert rows.reasons and columns.reasons and all(axis.reasons for axis in result[1:])
 
 
 def test_a_slice_through_a_block_is_refused():

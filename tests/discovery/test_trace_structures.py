@@ -177,6 +177,8 @@ A, B, C = (lambda: nn.Linear(21, 50)), (lambda: nn.Linear(50, 7)), (lambda: nn.C
 ROWS = torch.randn(6, 21)
 PIXELS = torch.randn(2, 3, 16, 16)
 
+ORDER = torch.tensor([4, 0, 8, 2, 2, 1])
+
 # Hostile or unusual modules: what is free in them.
 FREE = {
     "gated halves": (Lambda(lambda s, x: s.b(F.glu(s.a(x))), a=A(), b=nn.Linear(25, 7)), ROWS, {("ffn", 25): 1}),
@@ -266,6 +268,34 @@ FREE = {
         ROWS,
         {("ffn", 50): 1},
     ),
+    "last positions taken": (  # the last but one by a list, the last as a number
+        Lambda(
+            lambda s, x: (lambda h: s.b(h[:, :-2]) + h[:, [-2]] * h[:, -1:])(s.a(x)),
+            a=nn.Linear(21, 52),
+            b=B(),
+        ),
+        ROWS,
+        {("ffn", 50): 1},
+    ),
+    "overlapping windows": (  # (channels, 6 rows) as 5 windows of 2 rows
+        Lambda(lambda s, x: s.b(s.a(x).as_strided((5, 2, 50), (50, 50, 1)).amax(1)), a=A(), b=B()),
+        ROWS,
+        {("ffn", 50): 1},
+    ),
+    "windows of an image": (
+        Lambda(
+            lambda s, x: s.f(F.fold(F.unfold(s.c(x), 3, padding=1), 16, 3, padding=1).mean((2, 3))),
+            c=C(),
+            f=nn.Linear(24, 7),
+        ),
+        PIXELS,
+        {("channel", 24): 1},
+    ),
+    "scattered rows": (
+        Lambda(lambda s, x: s.b(torch.zeros(9, 50).scatter_add(0, ORDER[:, None].expand(6, 50), s.a(x))), a=A(), b=B()),
+        ROWS,
+        {("ffn", 50): 1},
+    ),
     "weight normalisation": (
         Lambda(lambda s, x: s.b(F.relu(s.a(x))), a=nn.utils.parametrizations.weight_norm(nn.Linear(21, 50)), b=B()),
         ROWS,
@@ -335,6 +365,14 @@ WHOLE = {
     "gates from outside": (
         lambda s, x: s.b(s.a(x) * OUTSIDE),
         "it comes from a tensor made outside the traced operations (mul)",
+    ),
+    "windows over units": (
+        lambda s, x: s.b(s.a(x).as_strided((5, 50, 2), (50, 1, 1))[..., 0]),
+        "it is viewed by strides (as_strided)",
+    ),
+    "units scattered": (
+        lambda s, x: s.b(torch.zeros(6, 50).scatter(1, torch.zeros(6, 50, dtype=torch.long), s.a(x))),
+        "its positions are looked up by index (scatter)",
     ),
     "single unit read": (lambda s, x: s.b(s.a(x)) * s.a(x)[0, 0], "single positions of it are taken by index (select)"),
     "sorted": (lambda s, x: s.b(s.a(x).sort(-1)[0]), "its positions depend on each other in sort (sort)"),

@@ -625,3 +625,28 @@ def test_a_hostile_forward_never_gives_a_wrong_result(name: str) -> None:
         assert state_of(model) == before
     else:
         assert error(model(x), zeroed(x)) < 1e-12 and error(model(other), zeroed(other)) < 1e-12
+
+
+class Picky(nn.Module):
+    """A kernel that wants multiples of 4 in single precision, and does not care in double precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.up(x))
+        if hidden.dtype == torch.float32 and hidden.shape[-1] % 4:
+            raise RuntimeError("alignment")
+        return self.down(hidden)
+
+
+def test_a_model_that_would_not_run_in_its_own_precision_is_left_whole() -> None:
+    model, x = Picky(), torch.randn(4, 6)
+    structures = discover(model, (x,), prove=True)
+    before = state_of(model)
+    with pytest.raises(SurgeryError, match="in its own precision .* RuntimeError: alignment"):
+        apply_plan(model, PruningPlan.of(model, structures, {structures[0].name: [0, 1, 2]}), verify=((x,), {}))
+    assert state_of(model) == before
+    apply_plan(model, PruningPlan.of(model, structures, {structures[0].name: [0, 1, 2, 5]}), verify=((x,), {}))
+    assert model(x).shape == (4, 3)

@@ -71,6 +71,17 @@ def test_masks_of_the_lowest_number_do_not_overflow() -> None:
         assert (torch.ones(2).float() * -inf).isinf().all()  # infinity itself stays
 
 
+def test_casts_keep_strides() -> None:
+    """In its own precision a model need not copy, and a view with odd strides is refused by some operations."""
+    pairs = torch.randn(2, 3, 7, dtype=torch.float64)[..., :6]
+    with DoublePrecision():
+        cast = pairs.float()
+        assert cast.stride() == pairs.stride() == (21, 7, 1) and torch.equal(cast, pairs)
+        with pytest.raises(RuntimeError, match="divisible by 2"):
+            torch.view_as_complex(cast.unflatten(-1, (3, 2)))
+        assert pairs.expand(4, 2, 3, 6).float().shape == (4, 2, 3, 6)
+
+
 def test_integers_and_booleans_are_left_alone() -> None:
     with DoublePrecision():
         assert torch.arange(3).dtype == torch.int64 and (torch.arange(3) > 1).dtype == torch.bool

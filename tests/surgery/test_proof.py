@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.discovery import trace_structures
+from lightning_compress.plan import PruningPlan
 from lightning_compress.polynomials import Polynomial
 from lightning_compress.structures import AttributeEdit, Slice, Structure, Structures
-from lightning_compress.surgery import SurgeryError, prove
+from lightning_compress.surgery import SurgeryError, apply_plan, prove
 from lightning_compress.surgery.workbench import ATTEMPTS, Workbench
 from tests.surgery.state_of import state_of
 from tests.zoo import MODELS
@@ -190,7 +191,7 @@ def test_look_alikes_share_one_search(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(proven) == layers
         counts.append(len(attempts.places))
         monkeypatch.undo()
-    assert counts == [2, 2]  # one for the first, one for all together
+    assert counts == [3, 3]  # one for the first, two for all together
 
 
 def test_a_search_without_end_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,6 +281,27 @@ def test_a_module_that_cannot_be_run_alone_is_judged_by_the_whole_model() -> Non
     assert [s.tier for s in proven] == ["native"]
 
 
+class Halves(nn.Module):
+    """Returns one half of what it makes and reads the other: 8 + 7 positions are still halved into 8 and 7."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed, self.down = nn.Linear(6, 16), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = self.packed(x).chunk(2, -1)
+        return left, self.down(torch.relu(right))
+
+
+def test_what_holds_for_one_unit_by_chance_is_tried_with_many() -> None:
+    model = Halves()
+    (structure,) = prove(model, trace_structures(model, (X,)), (X,))
+    assert structure.tier == "shim"
+    small = copy.deepcopy(model)
+    apply_plan(small, PruningPlan.of(model, [structure], {structure.name: [2, 5]}), verify=((X,), {}))
+    assert small.packed.weight.shape == (10, 6)
+
+
 class Chatty(nn.Module):
     """Also returns its hidden units."""
 
@@ -311,7 +333,7 @@ def test_outputs_of_a_module_that_nobody_reads_may_change() -> None:
 
 def test_structures_that_go_alone_but_not_together_get_another_way() -> None:
     class Quarrel(nn.Module):
-        """Each width may lose a unit, but not both."""
+        """Each width may lose half, but not both."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -321,7 +343,7 @@ def test_structures_that_go_alone_but_not_together_get_another_way() -> None:
         def forward(self, x: Tensor) -> Tensor:
             x = self.b(self.a(x).view(-1, self.first))
             x = self.d(self.c(x).view(-1, self.second))
-            return x if self.first + self.second >= 16 else 2 * x
+            return x if self.first + self.second >= 12 else 2 * x
 
     model = Quarrel()
     structures = trace_structures(model, (X,), kinds="ffn")
@@ -333,7 +355,7 @@ def test_structures_that_go_alone_but_not_together_get_another_way() -> None:
 
 def test_structures_that_never_fit_together_are_pinned() -> None:
     class Feud(nn.Module):
-        """Each width may lose a unit, but not both, and a shim does not help the raw weights."""
+        """Each width may lose half, but not both, and a shim does not help the raw weights."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -342,7 +364,7 @@ def test_structures_that_never_fit_together_are_pinned() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             x = x @ self.a.T @ self.b.T @ self.c.T @ self.d.T
-            return x if self.a.shape[0] + self.c.shape[0] >= 16 else 2 * x
+            return x if self.a.shape[0] + self.c.shape[0] >= 12 else 2 * x
 
     model = Feud()
     structures = trace_structures(model, (X,), kinds="ffn")

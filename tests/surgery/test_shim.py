@@ -156,6 +156,16 @@ def test_shims_are_found() -> None:
     assert shims_of(nn.Linear(1, 1)) == []
 
 
+def test_the_first_tensor_of_a_tuple_is_scattered() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[None, Tensor, float]:  # type: ignore[override]
+            return None, super().forward(x), 0.5
+
+    nothing, made, scale = scattered(Scaled(3, 5))(torch.randn(2, 3))
+    assert nothing is None and scale == 0.5 and made.shape == (2, 5)
+    assert not made[:, [1, 2]].any() and made[:, KEPT].all()
+
+
 def test_a_call_without_a_tensor_is_an_error() -> None:
     layer = gathered(nn.Linear(5, 2))
     with pytest.raises(TypeError, match="Expected a tensor among the inputs of Linear"):

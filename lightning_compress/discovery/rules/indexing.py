@@ -51,6 +51,11 @@ def index(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     given = [*call["indices"], *[None] * (len(dims) - len(call["indices"]))]
     places = [position for position, i in enumerate(given) if i is not None]
     tensors = [given[position] for position in places]
+    literal = len(places) == 1 and tensors[0].shape == (1,) and tensors[0].dtype == torch.long
+    if literal and dims[places[0]] is not None and trace.is_constant(tensors[0]):
+        (place,) = places  # x[..., [-2]] is x[..., -2:-1]
+        chosen = axes.select(dims, place, int(tensors[0]) % call.inputs[0].shape[place])
+        return [[*chosen[:place], None, *chosen[place:]]]
     for position in places:
         axes.pin(dims[position], REASON)
     looked_up = trace.broadcast(tensors, torch.broadcast_shapes(*[t.shape for t in tensors]))

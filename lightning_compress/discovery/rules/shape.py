@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from torch import Tensor
 
 from lightning_compress.discovery import axes, reshape
-from lightning_compress.discovery.axes import Axis
+from lightning_compress.discovery.axes import Axis, AxisMismatch
 from lightning_compress.discovery.rules.registry import Call, Dims, NoRule, rule
 
 
@@ -96,7 +98,12 @@ def _cut(dims: Dims, dim: int, start: int, stop: int) -> Dims:
         chosen = axes.select(dims, dim, start)
         return [*chosen[:dim], None, *chosen[dim:]]
     result = list(dims)
-    result[dim] = axes.take(axis, start, stop)
+    try:
+        result[dim] = axes.take(axis, start, stop)
+    except AxisMismatch as mismatch:
+        reason = f"it is cut in another way than it is made of: {mismatch}"
+        axes.pin(axis, reason)
+        result[dim] = Axis(stop - start, (reason,))
     return result
 
 
@@ -119,10 +126,11 @@ def slice_(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
     if step == 1:
         return [_cut(dims, dim, start, start + length)]
     if size % step == 0 and length == size // step:
-        outer, inner = axes.split(axis, [length, step]) if length > 1 else (None, axis)
-        axes.pin(inner, f"every {step}th position of it is taken")
-        dims[dim] = outer
-        return [dims]
+        with contextlib.suppress(AxisMismatch):
+            outer, inner = axes.split(axis, [length, step]) if length > 1 else (None, axis)
+            axes.pin(inner, f"every {step}th position of it is taken")
+            dims[dim] = outer
+            return [dims]
     axes.pin(axis, f"every {step}th position of it is taken")
     dims[dim] = None if length == 1 else Axis(length, ["it is a strided slice"])
     return [dims]
@@ -233,6 +241,44 @@ def channel_shuffle(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped
         outer, inner = axes.split(channel, [groups, channel.size // groups])
         dims[1] = axes.product([inner, outer])
     return [dims]
+
+
+@rule("as_strided")
+def as_strided(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
+    """A view by strides, overlapping windows often: dimensions that it leaves as they are pass through.
+
+    A dimension passes if it keeps size and stride and no other one steps into it: it lies inside every other step, or
+    beyond all of them together.
+    """
+    source, output = call.inputs[0], call.outputs[0]
+    if output.storage_offset() != source.storage_offset():
+        raise NoRule
+    dims, reason = trace.dims(source), "it is viewed by strides"
+    extents = [(s, t) for s, t in zip(source.shape, source.stride(), strict=True)]
+    places = {extent: i for i, extent in enumerate(extents) if extent[0] > 1}
+    matched = {i: places.get(e) for i, e in enumerate(zip(output.shape, output.stride(), strict=True)) if e[0] > 1}
+    while True:
+        others = [(output.shape[i], output.stride(i)) for i, j in matched.items() if j is None]
+        reach = sum((size - 1) * stride for size, stride in others)
+        touched = [
+            i
+            for i, j in matched.items()
+            if j is not None
+            and not extents[j][1] > reach
+            and any(stride % (extents[j][0] * extents[j][1]) for _, stride in others)
+        ]
+        if not touched:
+            break
+        matched.update(dict.fromkeys(touched))
+    passed = {j for j in matched.values() if j is not None}
+    for j, axis in enumerate(dims):
+        if j not in passed:
+            axes.pin(axis, reason)
+    made = trace.pinned(output, reason)
+    for i, place in matched.items():
+        if place is not None:
+            made[i] = dims[place]
+    return [made]
 
 
 @rule("pixel_shuffle", "pixel_unshuffle")
