@@ -645,7 +645,7 @@ def test_a_model_that_would_not_run_in_its_own_precision_is_left_whole() -> None
     model, x = Picky(), torch.randn(4, 6)
     structures = discover(model, (x,), prove=True)
     before = state_of(model)
-    with pytest.raises(SurgeryError, match="in its own precision .* RuntimeError: alignment"):
+    with pytest.raises(SurgeryError, match=r"in its own precision .* RuntimeError: alignment"):
         apply_plan(model, PruningPlan.of(model, structures, {structures[0].name: [0, 1, 2]}), verify=((x,), {}))
     assert state_of(model) == before
     apply_plan(model, PruningPlan.of(model, structures, {structures[0].name: [0, 1, 2, 5]}), verify=((x,), {}))
