@@ -76,7 +76,10 @@ def check(model: nn.Module, args: Sequence[Any], seed: int = 0) -> Structures:
         assert gap(outputs(replayed, batch), expected) < EXACT
     count = sum(p.numel() for p in removed.parameters())
     assert count < sum(p.numel() for p in model.parameters())
-    assert report.parameters_after == count == structures.params.evaluate(plan.counts)
+    assert report.parameters_after == count
+    found = {s.name: s.slices for s in discover(model, args)}
+    if all(s.slices == found[s.name] for s in structures):  # a shim may leave what lies between the weights whole
+        assert count == structures.params.evaluate(plan.counts)
     small, shapes = removed.state_dict(), plan.new_shapes()
     for name, tensor in before.items():
         if name in small:

@@ -371,7 +371,7 @@ class Workbench:
     def _shim_variants(self, structure: Structure) -> list[Structure]:
         """What of ``structure`` a shim may cut: everything, its weights, its weights in layers; no part twice."""
         variants = [structure, without_companions(structure)]
-        variants.append(only_carried(structure, lambda piece: bool(self._sides(piece))))
+        variants += [only_carried(variant, lambda piece: bool(self._sides(piece))) for variant in variants]
         return [v for v in dict.fromkeys(variants) if any(piece.zero for piece in v.slices)]
 
     def _sides(self, piece: Slice) -> tuple[Side, ...]:
