@@ -4,7 +4,8 @@
     block     = linear | norm | attention | residual | split and concatenate | reshape | shared weights | gate | ...
 
 For every model: what discovery finds free goes (nothing is refused), zeroed equals removed on the example and on
-another batch, the smaller model has the shapes that the plan predicts, and discovery leaves the model as it was, bit for bit.
+another batch, the smaller model has the shapes that the plan predicts, and discovery leaves the model as it was, bit
+for bit.
 
 ``GRAMMAR_EXAMPLES`` sets the number of models.
 """
@@ -264,7 +265,7 @@ ROWS = (
     transposed, branches, over_time, recurrent, parameters, narrow, mixed_time,
 )  # fmt: skip
 
-# ------------------------------------------------------------------------------------ images: (batch, width, side, side)
+# -------------------------------------------------------------------------------- images: (batch, width, side, side)
 
 
 def convolution(pick: Pick, width: int) -> Block:

@@ -264,3 +264,46 @@ def test_what_is_found_goes_exactly(name: str) -> None:
     torch.manual_seed(0)
     structures = check(doubled(build()), args)
     assert sorted((s.kind, s.units) for s in structures) == sorted(expected)
+
+
+class Hostile(nn.Module):
+    """An object graph with cycles, large containers, properties that raise or compute, many integers of one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(9, 12), nn.Linear(12, 8), nn.Linear(8, 2)
+        self.config = type("Config", (), {})()
+        self.config.itself, self.config.width = self.config, 12
+        self.table = {"inner": [list(range(100_000)), 12]}
+        self.table["again"] = self.table
+        self.__dict__["parent"] = [self]
+        for number in range(24):
+            setattr(self, f"size_{number}", 12)
+
+    @property
+    def broken(self) -> int:
+        raise RuntimeError("this property is not for reading")
+
+    @property
+    def expensive(self) -> int:
+        raise AssertionError("nobody has asked for this")
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        calls["forward"] += 1
+        chain: list[Any] = [torch.ones(1)]
+        for _ in range(1500):
+            chain = [chain]
+        y = self.c(torch.tanh(self.b(torch.tanh(self.a(x)).view(-1, self.size_17))))
+        result: dict[str, Any] = {"logits": y, "chain": chain}
+        result["itself"] = result
+        return result
+
+
+calls = {"forward": 0}
+
+
+def test_the_search_ends_on_hostile_objects() -> None:
+    calls["forward"] = 0
+    structures = check(doubled(Hostile()), (ROWS,))
+    assert sorted((s.kind, s.units) for s in structures) == [("ffn", 8), ("ffn", 12)]
+    assert calls["forward"] < 500

@@ -25,31 +25,35 @@ class Output:
 
 def flatten(value: Any) -> dict[str, Output]:
     """The tensors inside nested outputs by path: mappings, sequences, dataclasses, attributes of other objects."""
-    found = dict(_walk(value, "output", False, set()))
+    found = dict(_walk(value, "output"))
     if all(output.internal for output in found.values()):  # an object of the user's own holds the result
         return {path: replace(output, internal=False) for path, output in found.items()}
     return found
 
 
-def _walk(value: Any, path: str, internal: bool, seen: set[int]) -> Iterator[tuple[str, Output]]:
-    if isinstance(value, Tensor):
-        yield path, Output(value, internal)
-        return
-    if value is None or isinstance(value, str | bytes | int | float | complex | nn.Module | type) or id(value) in seen:
-        return
-    seen.add(id(value))
-    children: list[tuple[str, Any]]
-    if isinstance(value, Mapping):
-        children = [(f"{path}[{key!r}]", item) for key, item in value.items()]
-    elif isinstance(value, list | tuple | set | frozenset):
-        children = [(f"{path}[{i}]", item) for i, item in enumerate(value)]
-    elif is_dataclass(value):
-        children = [(f"{path}.{f.name}", getattr(value, f.name)) for f in fields(value)]
-    else:
-        children = [(f"{path}.{name}", item) for name, item in getattr(value, "__dict__", {}).items()]
-        internal = True
-    for child, item in children:
-        yield from _walk(item, child, internal, seen)
+def _walk(value: Any, path: str) -> Iterator[tuple[str, Output]]:
+    seen: set[int] = set()
+    queue: list[tuple[str, Any, bool]] = [(path, value, False)]  # no recursion: an output may be deep, or a cycle
+    while queue:
+        path, value, internal = queue.pop()
+        if isinstance(value, Tensor):
+            yield path, Output(value, internal)
+            continue
+        plain = isinstance(value, str | bytes | int | float | complex | nn.Module | type)
+        if value is None or plain or id(value) in seen:
+            continue
+        seen.add(id(value))
+        children: list[tuple[str, Any]]
+        if isinstance(value, Mapping):
+            children = [(f"{path}[{key!r}]", item) for key, item in value.items()]
+        elif isinstance(value, list | tuple | set | frozenset):
+            children = [(f"{path}[{i}]", item) for i, item in enumerate(value)]
+        elif is_dataclass(value):
+            children = [(f"{path}.{f.name}", getattr(value, f.name)) for f in fields(value)]
+        else:
+            children = [(f"{path}.{name}", item) for name, item in getattr(value, "__dict__", {}).items()]
+            internal = True
+        queue.extend((child, item, internal) for child, item in reversed(children))
 
 
 __all__ = ["Output", "flatten"]

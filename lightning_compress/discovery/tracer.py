@@ -376,25 +376,27 @@ class Trace(TorchDispatchMode):
                 self._sources[output] = sources
 
 
-def output_tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """All tensors inside nested outputs: mappings, sequences, dataclasses and plain objects."""
-    seen = set() if seen is None else seen
-    if isinstance(value, Tensor):
-        yield value
-        return
-    if value is None or isinstance(value, (str, bytes, int, float, complex, nn.Module)) or id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, Mapping):
-        children: list[Any] = list(value.values())
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        children = list(value)
-    elif is_dataclass(value) and not isinstance(value, type):
-        children = [getattr(value, f.name) for f in fields(value)]
-    else:
-        children = list(getattr(value, "__dict__", {}).values())
-    for child in children:
-        yield from output_tensors(child, seen)
+def output_tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors inside nested outputs: mappings, sequences, dataclasses, plain objects, also cyclic and deep ones."""
+    seen: set[int] = set()
+    queue = [value]
+    while queue:
+        value = queue.pop()
+        if isinstance(value, Tensor):
+            yield value
+            continue
+        if value is None or isinstance(value, (str, bytes, int, float, complex, nn.Module)) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            children: list[Any] = list(value.values())
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            children = list(value)
+        elif is_dataclass(value) and not isinstance(value, type):
+            children = [getattr(value, f.name) for f in fields(value)]
+        else:
+            children = list(getattr(value, "__dict__", {}).values())
+        queue.extend(reversed(children))
 
 
 @contextlib.contextmanager
