@@ -69,7 +69,7 @@ def check(model: nn.Module, args: Sequence[Any], seed: int = 0) -> Structures:
     zeroed, removed, replayed = copy.deepcopy(model), copy.deepcopy(model), copy.deepcopy(model)
     zero_units(zeroed, plan)
     report = apply_plan(removed, plan, verify=(tuple(args), {}))
-    apply_plan(replayed, plan)  # as after loading a file: by the edits that the proof found, without a check
+    apply_plan(replayed, report.plan)  # as after loading a file: by the edits that were verified, without a check
     for batch in (args, elsewhere(args)):
         expected = outputs(zeroed, batch)
         assert gap(outputs(removed, batch), expected) < EXACT

@@ -176,12 +176,12 @@ def reshape(pick: Pick, width: int) -> Block:
     groups, kind, new = pick(factors(width)), pick(("shuffle", "shared", "sum")), pick(WIDTHS)
     inner = width // groups
     if kind == "shuffle":
-        return Part(lambda s, x: x.unflatten(-1, (-1, inner)).transpose(-1, -2).flatten(-2)), width
+        return Part(lambda s, x: x.unflatten(-1, (-1, s.inner)).transpose(-1, -2).flatten(-2), inner=inner), width
     if kind == "sum":
-        return Part(lambda s, x: x.unflatten(-1, (-1, inner)).sum(-2)), inner
-    return Part(
-        lambda s, x: s.layer(x.unflatten(-1, (-1, inner))).flatten(-2), layer=nn.Linear(inner, new)
-    ), groups * new
+        return Part(lambda s, x: x.unflatten(-1, (-1, s.inner)).sum(-2), inner=inner), inner
+    layer = nn.Linear(inner, new)
+    part = Part(lambda s, x: s.layer(x.unflatten(-1, (-1, s.inner))).flatten(-2), layer=layer, inner=inner)
+    return part, groups * new
 
 
 def shared(pick: Pick, width: int) -> Block:
