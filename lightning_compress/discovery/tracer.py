@@ -331,9 +331,13 @@ class Trace(TorchDispatchMode):
                 reason = f"it passes through {call.name}, which has no rule"
             else:
                 reason = f"it could not be followed through {call.name}"
+            followed = isinstance(error, AxisMismatch) and not any(id(output) in aliases for output in call.outputs)
             for tensor in call.inputs:
+                silent = followed and not self.sources(tensor)
                 for axis in self.dims(tensor):
-                    if call.outputs:
+                    if silent:  # what comes after reads the width whole: units may go where zeros take their place
+                        axes.mark(axis, "summed")
+                    elif call.outputs:
                         self.pin_if_used(call, axis, reason)
                     else:
                         axes.pin(axis, reason)

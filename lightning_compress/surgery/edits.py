@@ -85,11 +85,17 @@ def install(
                 cores.setdefault(edit.module, {})[edit.axis] = len(removal.kept)
     for path in cores:
         slim_(_module(modules, path))  # type: ignore[arg-type]  # reads the old sizes: before anything is cut
-    for name, axes in once(kept, tensors).items():
+    gone = once(kept, tensors)
+    for name, axes in gone.items():
         cut(tensors[name], axes, gradient=gradients)
-    owners = owners_of(modules, (tensors[name] for name in kept))
-    for path in dict.fromkeys(owner_path(f"{path}.") for path, _ in owners):
-        repair(_module(modules, path))
+    weights = {id(tensors[name]): axes for name, axes in gone.items() if tensors[name].dim() > 2}
+    layers: dict[str, AxisPositions] = {}
+    for path, owner in owners_of(modules, (tensors[name] for name in kept)):
+        layer = layers.setdefault(owner_path(f"{path}."), {})
+        for tensor in owner._parameters.values():  # the weight of a convolution, or what it is made of
+            layer.update(weights.get(id(tensor), {}))
+    for path, layer in layers.items():
+        repair(_module(modules, path), layer)
     for removal in removals:
         for norm in removal.structure.norms:
             resize_norm(_module(modules, norm.module), len(removal.kept))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.plan import PruningPlan
+from lightning_compress.surgery.errors import SurgeryError
 
 AxisPositions = dict[int, Tensor]
 
@@ -94,16 +95,21 @@ def _bilinear(module: nn.Bilinear) -> None:
     module.out_features, module.in1_features, module.in2_features = module.weight.shape
 
 
-def _convolution(module: nn.modules.conv._ConvNd) -> None:
+def _convolution(module: nn.modules.conv._ConvNd, kept: Mapping[int, Tensor] | None) -> None:
     # a weight is (out, in / groups, ...), transposed (in, out / groups, ...)
     major, minor = module.weight.shape[:2]
     old = module.in_channels if module.transposed else module.out_channels
-    if module.groups > 1 and minor * module.groups == (
-        module.out_channels if module.transposed else module.in_channels
-    ):
-        per_group = old // module.groups
-        if minor == 1 and major % per_group == 0:
-            module.groups = major // per_group  # depthwise: a channel is a group
+    if kept is None and minor == 1 and module.groups > 1 and major % max(1, old // module.groups) == 0:
+        module.groups = major // (old // module.groups)  # depthwise: a channel is a group
+    elif kept and 0 in kept and module.groups > 1:
+        per_group = torch.bincount(kept[0] // (old // module.groups), minlength=module.groups)
+        left = per_group[per_group > 0]
+        if left.numel() and bool((left != left[0]).any()):
+            raise SurgeryError(
+                f"Expected the groups of a convolution to keep equally many channels each, but got {left.tolist()}. "
+                "Keep the same channels in every group, or remove whole groups."
+            )
+        module.groups = left.numel()
     if module.transposed:
         module.in_channels, module.out_channels = major, minor * module.groups
     else:
@@ -149,7 +155,6 @@ def _prelu(module: nn.PReLU) -> None:
 REPAIRS: tuple[tuple[type[nn.Module], Callable[..., None]], ...] = (
     (nn.Linear, _linear),
     (nn.Bilinear, _bilinear),
-    (nn.modules.conv._ConvNd, _convolution),
     (nn.modules.batchnorm._NormBase, _batch_norm),
     (nn.GroupNorm, _group_norm),
     (nn.LayerNorm, _normalized_shape),
@@ -161,9 +166,18 @@ REPAIRS: tuple[tuple[type[nn.Module], Callable[..., None]], ...] = (
 )
 
 
-def repair(module: nn.Module) -> None:
-    """Set the size attributes of a layer of torch (or of a subclass of one) from its weights; others are left alone."""
+def repair(module: nn.Module, kept: Mapping[int, Tensor] | None = None) -> None:
+    """Set the size attributes of a layer of torch (or of a subclass of one) from its weights; others are left alone.
+
+    Args:
+        module: the layer, after its tensors were cut.
+        kept: axis -> positions that its weight has kept, where known: they tell whole groups of a convolution from
+            channels inside groups.
+    """
     refresh(module)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        _convolution(module, kept)
+        return
     for kind, function in REPAIRS:
         if isinstance(module, kind):
             function(module)

@@ -44,7 +44,7 @@ EXPECTED: dict[str, dict[tuple[str, int], int]] = {
     "separate attention": {("head", 5): 1, ("qk_dim", D): 1, ("vo_dim", D): 1},
     "MLP": {("ffn", 50): 1, ("ffn", 40): 1},
     "ResNet": {("channel", 18): 2, ("channel", 26): 3},
-    "depthwise CNN": {("channel", 36): 1, ("channel", 6): 1, ("channel", 8): 1},
+    "depthwise CNN": {("channel", 36): 1, ("channel", 6): 1, ("channel", 8): 1, ("channel", 3): 1},
     "LSTM": {("ffn", 22): 1, ("ffn", 30): 1},
 }
 

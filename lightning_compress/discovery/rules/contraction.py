@@ -176,8 +176,7 @@ def convolution(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def
 def _grouped(  # type: ignore[no-untyped-def]
     trace, weight: Tensor, x: Dims, w: Dims, groups: int, transposed: bool, channels_in: int, channels_out: int
 ) -> tuple[Axis | None, list[Axis | None]]:
-    """Channels are (groups, channels of a group); the groups stay, channels inside them may go in all groups alike."""
-    reason = f"it counts the {groups} groups of a convolution"
+    """Channels are (groups, channels of a group): whole groups may go, or channels inside them in all groups alike."""
 
     def by_group(axis: Axis | None, channels: int) -> tuple[Axis | None, Axis | None]:
         if axis is None or channels == groups:
@@ -185,7 +184,12 @@ def _grouped(  # type: ignore[no-untyped-def]
         outer, inner = axes.split(axis, [groups, channels // groups])
         return outer, inner
 
-    group_in, inner_in = by_group(x[1], channels_in)
+    try:
+        group_in, inner_in = by_group(x[1], channels_in)
+    except axes.AxisMismatch:
+        # Shuffled so that its groups cut through ours: what reads it stays whole, and reads zeros where units go.
+        axes.mark(x[1], "summed")
+        group_in = inner_in = None
     if transposed:  # weight: (in, out / groups, ...)
         group_w, inner_w = by_group(w[0], channels_in)
         axes.unify(inner_in, inner_w)
@@ -193,12 +197,15 @@ def _grouped(  # type: ignore[no-untyped-def]
         made = axes.product([group_w, inner_out])
     else:  # weight: (out, in / groups, ...)
         group_w, inner_out = by_group(w[0], channels_out)
-        axes.unify(inner_in, w[1])
+        inner_w = w[1]
+        axes.unify(inner_in, inner_w)
         made = w[0]
     axes.unify(group_in, group_w)
-    axes.pin(group_w, reason)
-    trace.note(weight, inner_in, "consumer")
+    if group_in is None and x[1] is not None:
+        for axis in (group_w, inner_w):
+            axes.pin(axis, f"{groups} groups of a convolution meet it across its borders")
+    trace.note(weight, inner_w, "consumer")
     trace.note(weight, inner_out, "producer")
-    axes.mark(inner_in, "convolved")
-    axes.mark(inner_out, "convolved")
-    return made, [group_w, inner_in, inner_out]
+    for axis in (group_w, inner_w, inner_out):
+        axes.mark(axis, "convolved")
+    return made, [group_w, inner_w, inner_out]

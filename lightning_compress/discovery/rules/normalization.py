@@ -63,9 +63,8 @@ def group_norm(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
         if groups == 1:
             trace.normalise(call, channel, "it is normalised over")
         else:
-            group, inner = axes.split(channel, [groups, channel.size // groups])
+            _, inner = axes.split(channel, [groups, channel.size // groups])  # the first factor stays free
             axes.pin(inner, "it is normalised over")
-            axes.pin(group, f"it counts the {groups} groups of a normalisation")
     return [dims, *[trace.pinned(output, "it belongs to group statistics") for output in call.outputs[1:]]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_compress.discovery import axes
+from lightning_compress.discovery.axes import Axis
 from lightning_compress.discovery.rules.registry import Call, Dims, rule
 
 
@@ -94,17 +95,27 @@ def along_dimension(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped
     "replication_pad3d",
 )
 def pad(trace, call: Call) -> list[Dims]:  # type: ignore[no-untyped-def]
-    """Padded dimensions stay whole."""
+    """Dimensions that are padded stay whole, but for free ones that are padded with a constant.
+
+    Those get further positions, all alike: shortcuts of residual networks are widened so.
+    """
     source, output = call.inputs[0], call.outputs[0]
     dims = trace.dims(source)
     made = trace.pinned(output, "it is padded")
+    amounts = list(call.get("pad", call.get("padding", [])))
     result: Dims = []
     for i, axis in enumerate(dims):
-        if source.shape[i] != output.shape[i]:
+        place = 2 * (len(dims) - 1 - i)
+        before, after = amounts[place : place + 2] if place < len(amounts) else (0, 0)
+        if source.shape[i] == output.shape[i] and before == 0:
+            result.append(axis)
+        elif axis is None or call.name != "constant_pad_nd" or any(atom.reasons for atom in axes.atoms(axis)):
             axes.pin(axis, "it is padded")
             result.append(made[i])
         else:
-            result.append(axis)
+            kept = axes.take(axis, max(0, -before), axis.size - max(0, -after))
+            more = [Axis(count) if count > 0 else None for count in (before, after)]
+            result.append(axes.concat([part for part in (more[0], kept, more[1]) if part is not None]))
     return [result]
 
 
