@@ -6,6 +6,7 @@ inputs is pinned.
 """
 
 from lightning_compress.discovery.rules import (
+    attention,
     contraction,
     elementwise,
     indexing,
@@ -22,6 +23,7 @@ __all__ = [
     "RULES",
     "Call",
     "NoRule",
+    "attention",
     "contraction",
     "elementwise",
     "indexing",
