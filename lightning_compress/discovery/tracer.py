@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_compress.discovery import axes
 from lightning_compress.discovery.axes import PLACE, Axis, AxisMismatch
+from lightning_compress.discovery.memory import forgotten
 from lightning_compress.discovery.outputs import Output, flatten
 from lightning_compress.discovery.rules import Call, NoRule, rule_for
 from lightning_compress.discovery.rules.registry import Dims
@@ -473,18 +474,14 @@ def trace(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] 
 
 def _trace(watched: Trace, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Trace:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), evaluation(model), module_paths(model, watched):
-        with torch.no_grad(), decomposed(), torch.autocast("cpu", enabled=False), watched:
+    # some modules remember their last call: forgotten after the hooks of module_paths are gone
+    with forgotten(model.modules()), torch.random.fork_rng(devices=list(devices)), evaluation(model):
+        with module_paths(model, watched), torch.no_grad(), decomposed(), torch.autocast("cpu", enabled=False), watched:
             outputs = model(*args, **kwargs)
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
-    for module, saved in attributes:  # some modules remember their last call
-        if module.__dict__.keys() != saved.keys() or any(module.__dict__[key] is not saved[key] for key in saved):
-            module.__dict__.clear()
-            module.__dict__.update(saved)
     watched.finish(list(flatten(outputs).values()))
     return watched
 

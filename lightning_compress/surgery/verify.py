@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from lightning_compress.discovery.memory import forgotten
 from lightning_compress.discovery.outputs import Output, flatten
 from lightning_compress.discovery.tracer import decomposed, evaluation
 from lightning_compress.surgery.errors import NotFinite, SurgeryError
@@ -66,19 +67,15 @@ class Rehearsal:
         for device in self._devices:
             torch.cuda.default_generators[device].manual_seed(0)
         buffers = [(buffer, buffer.clone()) for buffer in call.buffers()]
-        attributes = [(module.__dict__, dict(module.__dict__)) for module in call.modules()]
         inputs = (tuple(args), dict(kwargs))
         inputs = to_double(inputs) if exact else tree_map_only(Tensor, Tensor.clone, inputs)
         try:
-            with DoublePrecision() if exact else nullcontext():
+            with forgotten(call.modules()), DoublePrecision() if exact else nullcontext():
                 return flatten(call(*inputs[0], **inputs[1]))
         finally:
             for buffer, before in buffers:
                 if buffer.shape == before.shape:
                     buffer.copy_(before)
-            for live, saved in attributes:
-                live.clear()
-                live.update(saved)
 
     def reference(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outputs:
         """The outputs of the whole model, checked to be worth a comparison.
