@@ -28,7 +28,7 @@ from lightning_compress.regularizers import (
 from lightning_compress.report import CompressionReport, count_parameters, file_size, measure_latency
 from lightning_compress.saving import load_compressed, save_compressed
 from lightning_compress.structures import EXACT_KINDS, KINDS, Slice, Structure, Structures
-from lightning_compress.surgery import SurgeryError, SurgeryReport, apply_plan, zero_units
+from lightning_compress.surgery import SurgeryError, SurgeryReport, apply_plan, silence_units, zero_units
 from lightning_compress.unit_groups import UnitGroups
 from lightning_compress.vocabulary import trim_tokenizer, used_ids
 
@@ -83,6 +83,7 @@ __all__ = [
     "output_mse",
     "save_compressed",
     "select",
+    "silence_units",
     "trim_tokenizer",
     "trimmed_group_lasso",
     "trimmed_group_lasso_factors",

@@ -26,7 +26,7 @@ from lightning_compress.latency.measuring import check_proven
 from lightning_compress.plan import PruningPlan
 from lightning_compress.polynomials import Polynomial
 from lightning_compress.selection import Ladder, choose_global, choose_uniform
-from lightning_compress.structures import KINDS, Structure, Structures
+from lightning_compress.structures import KINDS, Structure, Structures, stacks_of
 from lightning_compress.timing import measure_latency
 
 Metric = Literal["params", "macs", "units"]
@@ -247,6 +247,7 @@ class _Problem:
     multiples: dict[str, int]
     floors: dict[str, int]
     latency: LatencyModel | None = None
+    stand_ins: frozenset[str] = frozenset()  # layers that are kept as one of their stack: any other would do
 
     @property
     def budget(self) -> float:
@@ -306,6 +307,11 @@ class _Problem:
                     "Expected table=... for a latency, what measure_latency_table(...) returned, but got none."
                 )
             cost_polynomial(structures, "macs")  # refuses a list without costs
+            if any(s.kind == "layer" for s in structures):
+                raise ValueError(
+                    "Expected structures whose units are measured at several counts for a latency, but layers are one "
+                    "unit each. Plan them with macs=... or params=..., or leave them out: structures.of_kind(...)."
+                )
             model, default = (
                 table.model(structures),
                 {n: m for n, m in table.multiples.items() if n in structures.counts},
@@ -319,9 +325,10 @@ class _Problem:
         floors = problem.floors
         for s in structures:
             floor = -(-max(minima[s.name], s.floor) // multiples[s.name]) * multiples[s.name]
-            floors[s.name] = min(floor, s.units)
+            floors[s.name] = floor = _floor(s, floor, min_units)
             if s.name not in polynomial.variables or problem.width(s.name, floor) >= problem.width(s.name, s.units):
                 floors[s.name] = s.units  # removing its units saves nothing of this cost
+        problem = replace(problem, stand_ins=_keep_one_layer(structures, polynomial, floors))
         if model is not None:
             dense, smallest = model.estimate(structures.counts), model.estimate(floors)
         else:
@@ -341,13 +348,19 @@ class _Problem:
 
     def ladders(self, scores: Mapping[str, Tensor]) -> list[Ladder]:
         """The removal steps of every structure; raises ValueError for malformed scores."""
+        given = {s.name: _scores_of(s, scores) for s in self.structures}
+        floors = dict(self.floors)
+        for stack in stacks_of(self.structures):
+            if any(s.name in self.stand_ins for s in stack):  # the layer with the largest score stays
+                floors.update((s.name, 0) for s in stack)
+                floors[max(stack, key=lambda s: float(given[s.name])).name] = 1
         return [
             Ladder.of(
                 s.name,
                 s.kind,
-                _scores_of(s, scores),
+                given[s.name],
                 self.multiples[s.name],
-                self.floors[s.name],
+                floors[s.name],
                 functools.partial(self.width, s.name),
             )
             for s in self.structures
@@ -355,6 +368,11 @@ class _Problem:
 
     def solve(self, scores: Mapping[str, Tensor], per_layer: bool) -> tuple[dict[str, Tensor], float]:
         """Kept masks by structure name, and the cost that they leave."""
+        if per_layer and any(s.kind == "layer" for s in self.structures):
+            raise ValueError(
+                "Expected structures that can keep a fraction of their units for per_layer=True, but layers go whole "
+                "or stay. Leave them out: structures.of_kind(...), or plan without per_layer."
+            )
         ladders = self.ladders(scores)
         choose = choose_uniform if per_layer else choose_global
         removed = choose(ladders, self.polynomial, self.budget * (1 + 1e-12))
@@ -452,6 +470,28 @@ def _check_fraction(metric: str, fraction: object) -> tuple[str, float]:
         hint = f" Did you mean {metric}={fraction / 100:g}?" if isinstance(fraction, int) and 1 < fraction < 100 else ""
         raise ValueError(f"Expected {metric} to be a kept fraction in (0, 1], but got {fraction!r}.{hint}")
     return metric, float(fraction)
+
+
+def _floor(structure: Structure, asked: int, min_units: PerStructure) -> int:
+    """Fewest units of a structure that may stay: what it needs itself, and what was asked for.
+
+    A number for all structures does not speak of layers, which are one unit each.
+    """
+    if not structure.floor and not (isinstance(min_units, Mapping) and min_units.keys() & {structure.name, "layer"}):
+        return 0
+    return min(max(asked, structure.floor), structure.units)
+
+
+def _keep_one_layer(structures: Structures, polynomial: Polynomial, floors: dict[str, int]) -> frozenset[str]:
+    """Raise the floor of the dearest layer of each stack whose layers could all go; returns these layers."""
+    raised = set()
+    for stack in stacks_of(structures):
+        if not any(floors[s.name] for s in stack):
+            inside = {**floors, **{s.name: 1 for s in stack}}
+            dearest = max(stack, key=lambda s: polynomial.derivative(s.name).evaluate(inside))
+            floors[dearest.name] = 1
+            raised.add(dearest.name)
+    return frozenset(raised)
 
 
 def _check_prunable(structures: Structures, polynomial: Polynomial, metric: Target) -> None:

@@ -118,6 +118,10 @@ def explanation_of(structures: Structures) -> Explanation:
     """Structures and pinned families, look-alikes together, with their shares."""
     shapes = structures.shapes
     owned = [{(p.parameter, p.axis): p.indices.reshape(-1) for p in s.slices} for s in structures]
+    for places, structure in zip(owned, structures, strict=True):
+        for name in structure.tensors_of(shapes) if structure.members else ():  # whole modules
+            if shapes[name]:
+                places[name, 0] = torch.arange(shapes[name][0])
     prunable = count_elements(shapes, owned)
     everything = count_elements(shapes, [*owned, *(p.positions for p in structures.pinned)])
 

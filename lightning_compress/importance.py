@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_compress.discovery.valueless import lacking_values
 from lightning_compress.regularizers import group_norms
-from lightning_compress.structures import Slice, Structure, named_tensors
+from lightning_compress.structures import Slice, Structure, is_inside, named_tensors
 
 Importance = Literal["norm", "taylor"] | Callable[[nn.Module, Structure], Tensor]
 
@@ -38,6 +38,10 @@ def unit_scores(
       behind a homogeneous activation such as ReLU). (Molchanov et al., "Importance Estimation for Neural Network
       Pruning", 2019; Kwon et al., "A Fast Post-Training Pruning Framework for Transformers", 2022.) One batch is a
       noisy estimate: see ``TaylorAccumulator``.
+    - Units that are modules or have no slice that silences them alone (layers, experts) are scored by all of their
+      parameters: "norm" is the sum of squares, so that the score of a layer is that of what is inside; "taylor" is
+      :math:`(\sum_i w_i \, \partial L / \partial w_i)^2`, the derivative of the loss by a common scale of them. Mean
+      squares of weights say little about how layers compare: prefer "taylor" for them, or scores of your own.
     - a function of (model, structure) that returns finite, non-negative scores of shape (units,).
 
     Args:
@@ -97,6 +101,8 @@ def unit_norms(model: nn.Module, structures: Iterable[Structure]) -> dict[str, T
                     group_norms(_tensor(tensors, structure, piece).detach(), piece.axis).double().cpu().square()
                 )
             total += squares[key][piece.indices].sum(1)
+        for unit, names in enumerate(_inside(structure, tensors)):
+            total[unit] += sum(float(tensors[n].detach().double().square().sum()) for n in names)
         norms[structure.name] = _check_finite(structure.name, total.sqrt())
     return norms
 
@@ -110,7 +116,7 @@ def unit_sizes(model: nn.Module, structures: Iterable[Structure]) -> dict[str, i
             _tensor(tensors, structure, piece).numel() // piece.size * piece.indices.shape[1]
             for piece in structure.slices
             if piece.role != "companion"
-        )
+        ) + sum(tensors[name].numel() for names in _inside(structure, tensors)[:1] for name in names)
     return sizes
 
 
@@ -134,8 +140,11 @@ def gate_gradients(
     sums: dict[tuple[str, int], Tensor | None] = {}
     gates: dict[str, Tensor] = {}
     for structure in structures:
+        for gate in _module_gates(structure, tensors, gradients):
+            gates[structure.name] = gate
         for piece in structure.slices:
-            if not piece.zero:
+            # a router's rows do not scale what its experts do
+            if piece.zero == (structure.kind == "expert") or (piece.role == "companion" and not piece.zero):
                 continue
             key = (piece.parameter, piece.axis)
             if key not in sums:
@@ -147,6 +156,37 @@ def gate_gradients(
                 known = gates.get(structure.name)
                 gates[structure.name] = gate if known is None else known + gate.to(known.device)
     return gates
+
+
+def _inside(structure: Structure, tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """For every unit that is a module the names of its parameters, each tensor once."""
+    found = []
+    for member in structure.members:
+        names = {id(t): n for n, t in tensors.items() if is_inside(n, member) and isinstance(t, nn.Parameter)}
+        found.append(list(names.values()))
+    return found
+
+
+def _module_gates(
+    structure: Structure, tensors: Mapping[str, Tensor], gradients: Mapping[str, Tensor] | None
+) -> Iterable[Tensor]:
+    """Derivative of the loss by a scale of all parameters of each unit that is a module; nothing without gradients."""
+    totals: list[Tensor] = []
+    known = False
+    for names in _inside(structure, tensors):
+        total = torch.zeros(())
+        for name in names:
+            weight = tensors[name]
+            gradient = weight.grad if gradients is None else gradients.get(name)
+            if gradient is not None:
+                dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
+                product = (weight.detach().to(dtype) * gradient.detach().to_dense()).sum()
+                total, known = total.to(product) + product, True
+        totals.append(total)
+    if known:
+        yield torch.stack(
+            [total.to(totals[0].device, torch.promote_types(total.dtype, torch.float32)) for total in totals]
+        )
 
 
 class TaylorAccumulator:
@@ -305,7 +345,7 @@ def _check_finite(name: str, scores: Tensor) -> Tensor:
 
 
 def _no_gradient(structure: Structure) -> str:
-    parameters = [piece.parameter for piece in structure.slices if piece.zero]
+    parameters = [piece.parameter for piece in structure.slices if piece.zero] or list(structure.members)
     return (
         f"Expected gradients for structure {structure.name!r} in one of {parameters}, but there are none: score after "
         f'a backward pass and before gradients are zeroed, or use importance="norm" where these parameters are frozen.'

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import plan_format
-from lightning_compress.structures import Slice, Structure, Structures, named_tensors
+from lightning_compress.structures import Slice, Structure, Structures, is_inside, named_tensors, with_constants
 
 Axis = tuple[str, int]
 
@@ -30,11 +30,12 @@ class PruningPlan:
     Args:
         structures: the structures that lose units (a structure that keeps everything may be present too).
         kept: structure name -> strictly increasing kept unit numbers, at least ``floor`` of each structure.
-        shapes: shape in the original model of every parameter and buffer that a structure touches.
+        shapes: shape in the original model of every parameter and buffer that a structure touches or, where its units
+            are modules, holds.
 
     Raises:
-        ValueError: if names, unit numbers, tables of positions and shapes do not fit together, or an axis would be
-            left empty.
+        ValueError: if names, unit numbers, tables of positions and shapes do not fit together, an axis would be left
+            empty, or all layers of a stack would go.
         TypeError: if a unit number is not an integer.
     """
 
@@ -66,6 +67,8 @@ class PruningPlan:
                 raise ValueError(
                     f"Expected every axis to keep a position, but this plan empties axis {axis} of {parameter!r}."
                 )
+        for structure in self.structures:
+            _check_stack(structure, self.counts)
 
     @classmethod
     def of(
@@ -91,6 +94,8 @@ class PruningPlan:
                 if parameter not in tensors:
                     raise ValueError(_missing(parameter, structure.name, tensors))
                 shapes[parameter] = tuple(tensors[parameter].shape)
+            if structure.members:
+                shapes.update((name, tuple(tensors[name].shape)) for name in structure.tensors_of(tensors))
         chosen = {s.name: kept.get(s.name, range(s.units)) for s in structures}
         return cls(structures, {n: tuple(sorted(_unit_numbers(n, units))) for n, units in chosen.items()}, shapes)
 
@@ -115,6 +120,11 @@ class PruningPlan:
         kept = set(self.kept[name])
         return tuple(u for u in range(units[name]) if u not in kept)
 
+    @property
+    def gone(self) -> tuple[str, ...]:
+        """Paths of the modules that go as a whole, and every tensor inside them: removed layers and experts."""
+        return tuple(s.members[u] for s in self.structures if s.members for u in self.removed(s.name))
+
     def removed_positions(self) -> dict[Axis, Tensor]:
         """(parameter, axis) -> sorted positions that go, for every axis that loses at least one."""
         return {axis: torch.nonzero(~mask).reshape(-1) for axis, mask in self._kept_masks().items() if not mask.all()}
@@ -124,10 +134,12 @@ class PruningPlan:
         return {axis: torch.nonzero(mask).reshape(-1) for axis, mask in self._kept_masks().items() if not mask.all()}
 
     def new_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape in the smaller model of every parameter and buffer of ``shapes``."""
-        shapes = {name: list(shape) for name, shape in self.shapes.items()}
+        """Shape in the smaller model of every parameter and buffer of ``shapes`` that it still has."""
+        gone = self.gone
+        shapes = {n: list(shape) for n, shape in self.shapes.items() if not any(is_inside(n, m) for m in gone)}
         for (parameter, axis), positions in self.kept_positions().items():
-            shapes[parameter][axis] = positions.numel()
+            if parameter in shapes:
+                shapes[parameter][axis] = positions.numel()
         return {name: tuple(shape) for name, shape in shapes.items()}
 
     def _kept_masks(self) -> dict[Axis, Tensor]:
@@ -146,11 +158,16 @@ class PruningPlan:
         """Raise ValueError unless every parameter of the plan has its original shape in ``model``; changes nothing."""
         tensors = named_tensors(model)
         new_shapes = self.new_shapes()
-        owners = {p: s.name for s in self.structures for p in s.parameters}
+        owners = {p: s.name for s in self.structures for p in s.tensors_of(self.shapes)}
+        shapes = {name: tuple(tensors[name].shape) for name in self.shapes if name in tensors}
         for parameter in self.shapes:
             if parameter not in tensors:
+                if shapes == new_shapes:
+                    raise ValueError(
+                        f"Expected the model to have {parameter!r} (structure {owners.get(parameter, '?')!r}), but it "
+                        "has none. This plan was already applied to this model."
+                    )
                 raise ValueError(_missing(parameter, owners.get(parameter, "?"), tensors))
-        shapes = {name: tuple(tensors[name].shape) for name in self.shapes}
         for parameter, shape in self.shapes.items():
             if shapes[parameter] != shape:
                 reason = (
@@ -170,7 +187,8 @@ class PruningPlan:
 
         Units are numbered anew from 0 in their old order, tables of positions follow, and costs stay what they are:
         their variables are kept counts. The exception is a structure of tier "shim": between its sliced weights the
-        original width stays for good, so its count in products of activations becomes that constant.
+        original width stays for good, so its count in products of activations becomes that constant. What lies inside
+        removed modules is gone: structures that lie there as a whole, slices of the others, and their costs.
 
         Raises:
             ValueError: if the units of a structure would own different numbers of positions, which a table cannot say.
@@ -179,7 +197,16 @@ class PruningPlan:
         # new position of every old one; meaningless where the mask is False
         moved = {axis: torch.cumsum(mask, 0) - 1 for axis, mask in masks.items()}
         smaller = []
+        removed_modules = self.gone
+        gone: dict[str, float] = {}  # what becomes of the variables of structures that are no longer there
         for structure in structures:
+            if structure.members and not self.kept.get(structure.name, (0,)):
+                gone[structure.name] = 0.0
+                continue
+            held, structure = bool(structure.slices), structure.without(removed_modules)
+            if held and not structure.slices:
+                gone[structure.name] = float(structure.units)
+                continue
             rows = torch.tensor(self.kept.get(structure.name, tuple(range(structure.units))), dtype=torch.long)
             slices = []
             for piece in structure.slices:
@@ -202,13 +229,14 @@ class PruningPlan:
                     table = moved[axis][table[stays]].reshape(rows.numel(), -1)
                 size = int(masks[axis].sum()) if axis in masks else piece.size
                 slices.append(replace(piece, indices=table, size=size))
-            smaller.append(replace(structure, units=rows.numel(), slices=tuple(slices)))
+            members = tuple(structure.members[int(row)] for row in rows) if structure.members else ()
+            smaller.append(replace(structure, units=rows.numel(), slices=tuple(slices), members=members))
         shims = {s.name: float(s.units) for s in structures if s.tier == "shim"}
         return Structures(
-            smaller,
-            weight_macs=structures.weight_macs,
-            activation_macs=structures.activation_macs.substitute(shims),
-            params=structures.params,
+            (with_constants(s, gone) for s in smaller) if gone else smaller,
+            weight_macs=structures.weight_macs.substitute(gone),
+            activation_macs=structures.activation_macs.substitute({**shims, **gone}),
+            params=structures.params.substitute(gone),
             pinned=structures.pinned,
         )
 
@@ -234,6 +262,11 @@ class PruningPlan:
         structures = list(self.structures)
         for structure in later.structures:
             name = structure.name
+            if name in kept and name not in mine:
+                raise ValueError(
+                    f"Expected the later plan to be made for the model after this one, where {name!r} is gone, but it "
+                    "has units of it."
+                )
             if name not in mine:
                 structures.append(self._lifted(structure))
                 kept[name] = later.kept[name]
@@ -333,6 +366,17 @@ def _check_kept(structure: Structure, kept: tuple[int, ...]) -> None:
         raise ValueError(f"Expected kept units of {where} to be strictly increasing, but got {_short(kept)}.")
     if kept[0] < 0 or kept[-1] >= structure.units:
         raise ValueError(f"Expected kept units of {where} to lie in [0, {structure.units}), but got {_short(kept)}.")
+
+
+def _check_stack(structure: Structure, counts: Mapping[str, int]) -> None:
+    """At least one layer of every stack stays; the first size of a layer counts its stack."""
+    if structure.kind != "layer" or not structure.sizes or counts[structure.name]:
+        return
+    stack = structure.sizes[0]
+    if stack.evaluate({**dict.fromkeys(stack.variables, 1), **counts}) < 1:
+        raise ValueError(
+            f"Expected at least one layer of a stack to stay, but all of {sorted(stack.variables)} would go. Keep one."
+        )
 
 
 def _check_slice(structure: Structure, piece: Slice, shapes: Mapping[str, tuple[int, ...]]) -> None:

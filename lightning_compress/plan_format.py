@@ -8,7 +8,10 @@
 Integer sequences are lists of *ranges*: an integer is itself, ``[start, stop]`` and ``[start, stop, step]`` are those
 of Python's ``range``. A table of positions is ``{"stride": s, "pattern": ranges}`` where unit u owns u * s + pattern
 (nearly always the case: whole heads, head dims, packed projections), otherwise ``{"rows": [ranges, ...]}``. A
-polynomial is a list of ``[coefficient, [variable, ...]]``.
+polynomial is a list of ``[coefficient, [variable, ...]]``. An edit is an object whose "edit" says which: "attribute",
+"shim", "core", or "module" for a module that goes as a whole; its "passage" is ``{"form": "tuple", "items": [0, null],
+"keys": []}``, what is returned in its place, or null. ``members`` are modules, one per unit; ``shapes`` holds what is
+inside them too.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from lightning_compress.structures import (
     AttributeEdit,
     CoreEdit,
     Edit,
+    ModuleEdit,
     Normalisation,
+    Passage,
     Role,
     ShimEdit,
     Slice,
@@ -44,9 +49,11 @@ LARGEST_AXIS = 2**26
 LARGEST_RANK = 16
 
 # Attributes that an edit may set: a plain name, possibly of an object that the module holds, possibly an item of a list
-# or dict, or an argument that a functools.partial carries; never a double underscore. See surgery/attribute_paths.py.
+# or dict, or an argument that a functools.partial carries; in a member of a container a path; never a double
+# underscore. See surgery/attribute_paths.py.
 STEP = r"\[[0-9]{1,4}\]|\['[A-Za-z0-9_]{1,64}'\]|\((?!__)[A-Za-z0-9_]{1,64}\)"
 ATTRIBUTE = re.compile(rf"((?!__)[A-Za-z_][A-Za-z0-9_]*\.)?((?!__)[A-Za-z_][A-Za-z0-9_]*)((?:{STEP}){{0,3}})")
+PATH = re.compile(r"(?!__)\w+(\.(?!__)\w+)*", re.ASCII)
 
 
 def encode_ranges(values: Sequence[int]) -> list[int | list[int]]:
@@ -92,6 +99,9 @@ def encode_edit(edit: Edit) -> dict[str, Any]:
             return {"edit": "shim", "module": module, "side": side, "dim": dim}
         case CoreEdit(module, axis):
             return {"edit": "core", "module": module, "axis": axis}
+        case ModuleEdit(module, way, passage, numbers):
+            form = passage and {"form": passage.form, "items": list(passage.items), "keys": list(passage.keys)}
+            return {"edit": "module", "module": module, "way": way, "passage": form, "numbers": list(numbers)}
 
 
 def encode_structure(structure: Structure, kept: Sequence[int]) -> dict[str, Any]:
@@ -283,7 +293,7 @@ def _polynomial(value: Any, path: str) -> Polynomial:
 def _edit(value: Any, path: str) -> Edit:
     if not isinstance(value, dict) or "edit" not in value:
         _refuse(path, 'an object with the key "edit"', value)
-    name = _string(value["edit"], f"{path}.edit", ("attribute", "shim", "core"))
+    name = _string(value["edit"], f"{path}.edit", ("attribute", "shim", "core", "module"))
     if name == "attribute":
         value = _object(value, path, {"edit", "module", "attribute", "size"})
         attribute = _string(value["attribute"], f"{path}.attribute")
@@ -296,9 +306,41 @@ def _edit(value: Any, path: str) -> Edit:
         side = _string(value["side"], f"{path}.side", ("output", "input"))
         dim = _integer(value["dim"], f"{path}.dim", -LARGEST_RANK, LARGEST_RANK)
         return ShimEdit(_string(value["module"], f"{path}.module"), side, dim)  # type: ignore[arg-type]
+    if name == "module":
+        return _module_edit(value, path)
     value = _object(value, path, {"edit", "module", "axis"})
     axis = _string(value["axis"], f"{path}.axis", ("heads", "qk_head_dim", "vo_head_dim", "width"))
     return CoreEdit(_string(value["module"], f"{path}.module"), axis)  # type: ignore[arg-type]
+
+
+def _module_edit(value: Any, path: str) -> ModuleEdit:
+    value = _object(value, path, {"edit", "module", "way", "passage", "numbers"})
+    way = _string(value["way"], f"{path}.way", ("drop", "skip"))
+    passage = None if value["passage"] is None else _passage(value["passage"], f"{path}.passage")
+    if passage is None and way == "skip":
+        _refuse(f"{path}.passage", "an object where the module is skipped", None)
+    numbers = tuple(_string(item, where) for where, item in _items(value, path, "numbers"))
+    for where, number in zip((w for w, _ in _items(value, path, "numbers")), numbers, strict=True):
+        if not PATH.fullmatch(number):
+            _refuse(where, "the path of an attribute", number)
+    return ModuleEdit(_string(value["module"], f"{path}.module"), way, passage, numbers)  # type: ignore[arg-type]
+
+
+def _passage(value: Any, path: str) -> Passage:
+    value = _object(value, path, {"form", "items", "keys"})
+    form = _string(value["form"], f"{path}.form", ("tensor", "tuple", "list", "dict"))
+    keys = tuple(_string(item, where) for where, item in _items(value, path, "keys"))
+    items: list[int | str | None] = []
+    for where, item in _items(value, path, "items"):
+        if isinstance(item, str):
+            items.append(_string(item, where))
+        else:
+            items.append(None if item is None else _integer(item, where, 0, LARGEST_RANK * LARGEST_RANK))
+    if form == "tensor" and (len(items) != 1 or items[0] is None):
+        _refuse(f"{path}.items", "one input", value["items"])
+    if len(keys) != (len(items) if form == "dict" else 0):
+        _refuse(f"{path}.keys", "a key for each item of a dict, else none", value["keys"])
+    return Passage(form, tuple(items), keys)  # type: ignore[arg-type]
 
 
 def _norm(value: Any, path: str) -> Normalisation:

@@ -8,7 +8,7 @@ them, with the exact cost of the model as a function of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Literal
@@ -119,7 +119,42 @@ class CoreEdit:
     axis: Literal["heads", "qk_head_dim", "vo_head_dim", "width"]
 
 
-Edit = AttributeEdit | ShimEdit | CoreEdit
+@dataclass(frozen=True)
+class Passage:
+    """What a module that is passed by returns: inputs of its, in the form of its output.
+
+    Args:
+        form: "tensor" where it returns one input as it is, else the container: "tuple", "list" or "dict".
+        items: for every item of the output the position of a positional input, the name of a keyword input, or None
+            for None.
+        keys: keys of the items of a "dict".
+    """
+
+    form: Literal["tensor", "tuple", "list", "dict"]
+    items: tuple[int | str | None, ...]
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModuleEdit:
+    """A module that goes as a whole.
+
+    Args:
+        module: its dotted path.
+        way: "drop" deletes it from its container, where the other members keep their keys; "skip" puts a module without
+            parameters in its place that returns its inputs.
+        passage: what passing it by means; None where the container alone decides whether it is called (an expert).
+        numbers: attributes that hold the position of a member in the container, as paths from the member; after a
+            "drop" they count again.
+    """
+
+    module: str
+    way: Literal["drop", "skip"]
+    passage: Passage | None = None
+    numbers: tuple[str, ...] = ()
+
+
+Edit = AttributeEdit | ShimEdit | CoreEdit | ModuleEdit
 
 
 @dataclass(frozen=True)
@@ -170,6 +205,26 @@ class Structure:
     def parameters(self) -> tuple[str, ...]:
         """Names of the parameters and buffers touched, each once, in order."""
         return tuple(dict.fromkeys(s.parameter for s in self.slices))
+
+    def tensors_of(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of ``names`` that the structure touches or that lie inside one of its modules."""
+        own = set(self.parameters)
+        return tuple(n for n in names if n in own or any(is_inside(n, member) for member in self.members))
+
+    def without(self, gone: Collection[str]) -> Structure:
+        """The structure with nothing of it inside the modules ``gone``."""
+        if not gone:
+            return self
+
+        def stays(path: str) -> bool:
+            return not any(is_inside(path, module) for module in gone)
+
+        return replace(
+            self,
+            slices=tuple(piece for piece in self.slices if stays(piece.parameter)),
+            edits=tuple(edit for edit in self.edits if stays(edit.module)),
+            norms=tuple(norm for norm in self.norms if stays(norm.module)),
+        )
 
 
 @dataclass(frozen=True)
@@ -259,7 +314,7 @@ class Structures(list[Structure]):
         names = {k.name for k in kept}
         gone = {s.name: float(s.units) for s in self if s.name not in names}
         if gone:
-            kept = [_with_constants(structure, gone) for structure in kept]
+            kept = [with_constants(structure, gone) for structure in kept]
         return Structures(
             kept,
             weight_macs=self.weight_macs.substitute(gone),
@@ -275,7 +330,7 @@ class Structures(list[Structure]):
         return self.rebuilt(s for s in self if s.kind in kinds)
 
 
-def _with_constants(structure: Structure, counts: dict[str, float]) -> Structure:
+def with_constants(structure: Structure, counts: dict[str, float]) -> Structure:
     """``structure`` with the kept counts of other structures fixed."""
     edits = tuple(
         replace(edit, size=edit.size.substitute(counts)) if isinstance(edit, AttributeEdit) else edit
@@ -283,6 +338,11 @@ def _with_constants(structure: Structure, counts: dict[str, float]) -> Structure
     )
     sizes = dict.fromkeys(size.substitute(counts) for size in structure.sizes)
     return replace(structure, sizes=tuple(sizes), edits=edits)
+
+
+def is_inside(path: str, outer: str) -> bool:
+    """Whether the module or tensor ``path`` is ``outer`` or inside it."""
+    return not outer or path == outer or path.startswith(outer + ".")
 
 
 def check_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
@@ -306,6 +366,15 @@ def owner_path(parameter: str) -> str:
     """
     layer, _, inner = f".{parameter}".partition(".parametrizations.")
     return layer[1:] if inner else parameter.rpartition(".")[0]
+
+
+def stacks_of(structures: Iterable[Structure]) -> list[list[Structure]]:
+    """Layers in groups of which at least one must stay: all that is left of a stack."""
+    groups: dict[Polynomial, list[Structure]] = {}
+    for structure in structures:
+        if structure.kind == "layer" and structure.sizes:
+            groups.setdefault(structure.sizes[0], []).append(structure)
+    return [group for size, group in groups.items() if size.evaluate(dict.fromkeys(size.variables, 0)) < 1]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -545,7 +545,7 @@ EDITS = (*STRUCTURE, "edits")
         (at(*EDITS, 0)("x"), r'edits\[0\] to be an object with the key "edit"'),
         (
             at(*EDITS, 0, "edit")("exec"),
-            r"edits\[0\]\.edit to be one of \('attribute', 'shim', 'core'\), but got 'exec'",
+            r"edits\[0\]\.edit to be one of \('attribute', 'shim', 'core', 'module'\), but got 'exec'",
         ),
         (at(*EDITS, 0, "attribute")("__class__"), r"edits\[0\]\.attribute to be an attribute name"),
         (at(*EDITS, 0, "attribute")("a.b.c"), r"edits\[0\]\.attribute to be an attribute name"),

@@ -174,7 +174,8 @@ class FinalizeCompression(Callback):
             table = self._latency.table(session)
             target = {"latency": min(1.0, fraction / table.estimate(session.structures)), "table": table}
         else:
-            left = kept_fraction(session.dense, session.structures.counts, self.metric)  # type: ignore[arg-type]
+            counts = {**dict.fromkeys(session.dense.counts, 0), **session.structures.counts}  # 0: gone with its layer
+            left = kept_fraction(session.dense, counts, self.metric)  # type: ignore[arg-type]
             target = {self.metric: min(1.0, fraction / left)}
         return {**target, **self._limits()}
 

@@ -81,6 +81,7 @@ def make_report(
     examples = session.example.size or 1
     macs = original.macs
     part = macs.restrict({s.name for s in original})
+    left = {**dict.fromkeys(original.counts, 0), **structures.counts}  # what lay in a removed layer is gone with it
     latency: dict[str, tuple[Latency, Latency]] = {}
     if dense is not None:
         calls = {f"batch of {c.size}" if c.size else "one call": c for c in (session.example, session.batch)}
@@ -91,10 +92,10 @@ def make_report(
                 latency[what] = (times["before"], times["after"])
     return CompressionReport(
         params=(before[0], count_parameters(session.traced)),
-        macs=(macs.evaluate(original.counts) / examples, macs.evaluate(structures.counts) / examples),
-        prunable_macs=(part.evaluate(original.counts) / examples, part.evaluate(structures.counts) / examples),
+        macs=(macs.evaluate(original.counts) / examples, macs.evaluate(left) / examples),
+        prunable_macs=(part.evaluate(original.counts) / examples, part.evaluate(left) / examples),
         bytes=(before[1], file_size(session.traced)),
-        structures=tuple(StructureCount(s.name, s.kind, s.units, structures.counts[s.name], s.tier) for s in original),
+        structures=tuple(StructureCount(s.name, s.kind, s.units, left[s.name], s.tier) for s in original),
         error=error,
         latency=latency,
         pinned=len(original.pinned),

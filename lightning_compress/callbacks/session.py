@@ -288,7 +288,7 @@ class CompressionSession:
     def progress(self) -> dict[str, float]:
         """Part of the units that is zero or removed, and what is left of the prunable MACs without them."""
         assert self.dense is not None and self.structures is not None
-        alive = dict(self.structures.counts)
+        alive = {**dict.fromkeys(self.dense.counts, 0), **self.structures.counts}
         for sparsity in self.sparsities:
             for name, count in sparsity.sparsifier.alive().items():
                 alive[name] = min(alive[name], count)

@@ -98,6 +98,12 @@ class SparsitySettings:
                 "Expected modules with groups='rows', 'columns' or 'blocks' only: coupled units span several modules. "
                 "Choose kinds=..., or one part of the model with module=...."
             )
+        whole = [kind for kind in check_kinds(kinds) if kind in ("layer", "expert")]
+        if whole:
+            raise ValueError(
+                f"Expected kinds whose units can be shrunk to zero, but {whole} cannot: no weight makes them silent. "
+                "Leave them to FinalizeCompression(kinds=...), which ranks and removes them as they are."
+            )
         check_importance(importance)
         ramp(0.0, shape=schedule)  # an unknown schedule is refused now, not when the ramp begins
         return cls(

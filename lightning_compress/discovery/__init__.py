@@ -12,9 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from lightning_compress.discovery.assemble import assemble
-from lightning_compress.discovery.tracer import trace
+from lightning_compress.discovery.assemble import Modules, assemble
+from lightning_compress.discovery.layers import KIND as LAYER
+from lightning_compress.discovery.layers import ResidualPaths, find_layers, gates, watched
+from lightning_compress.discovery.mixtures import KIND as EXPERT
+from lightning_compress.discovery.mixtures import Choices, find_mixtures, shares
+from lightning_compress.discovery.tracer import Trace, trace
 from lightning_compress.discovery.valueless import real_tensors
+from lightning_compress.polynomials import Polynomial
 from lightning_compress.structures import EXACT_KINDS, Structures, check_kinds
 
 
@@ -36,9 +41,30 @@ def trace_structures(
         ValueError: for an unknown kind.
     """
     chosen = EXACT_KINDS if kinds is None else check_kinds(kinds)
-    watched = trace(model, args, kwargs)
+    if not {LAYER, EXPERT} & set(chosen):
+        seen = trace(model, args, kwargs)
+        with real_tensors():
+            return assemble(seen, chosen)
+    paths = ResidualPaths(watched(model) if LAYER in chosen else {})
+    choices: list[Choices] = []
+
+    def choosing(trace: Trace) -> Choices:
+        choices.append(Choices(trace))
+        return choices[0]
+
+    seen = trace(model, args, kwargs, watch=[choosing, lambda _: paths])
     with real_tensors():
-        return assemble(watched, chosen)
+        layers, pinned = find_layers(model, seen, paths) if LAYER in chosen else ([], [])
+        mixtures, whole = find_mixtures(model, seen, choices[0]) if EXPERT in chosen else ([], [])
+        experts = [mixture.structure for mixture in mixtures]
+        modules = Modules(
+            (*layers, *experts),
+            (*pinned, *whole),
+            {axis: Polynomial.variable(m.structure.name) for m in mixtures for axis in m.axes},
+            gates(layers),
+            shares(experts),
+        )
+        return assemble(seen, chosen, modules)
 
 
 __all__ = ["trace_structures"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -58,8 +58,28 @@ class Family:
         return "ffn"
 
 
-def assemble(trace: Trace, kinds: Sequence[str]) -> Structures:
+@dataclass(frozen=True)
+class Modules:
+    """Structures whose units are modules, found beside the axes, and their part in the costs.
+
+    Args:
+        structures: layers and mixtures of experts.
+        pinned: those that stay whole.
+        variables: id of an atom -> the polynomial that its size is.
+        gate: module or tensor path -> how often it is there, as a polynomial; for its work and its parameters.
+        share: the same for parameters only.
+    """
+
+    structures: tuple[Structure, ...] = ()
+    pinned: tuple[Pinned, ...] = ()
+    variables: Mapping[int, Polynomial] = field(default_factory=dict)
+    gate: Callable[[str], Polynomial] = lambda path: Polynomial.constant(1)
+    share: Callable[[str], Polynomial] = lambda path: Polynomial.constant(1)
+
+
+def assemble(trace: Trace, kinds: Sequence[str], modules: Modules | None = None) -> Structures:
     """Structures of these kinds, the model's costs in their kept counts, and what is pinned."""
+    modules = modules or Modules()
     families = _families(trace)
     _settle_statistics(trace, families, maskable="hidden" in kinds)
     _settle_look_ups(trace, families, renumber="vocab" in kinds)
@@ -71,7 +91,8 @@ def assemble(trace: Trace, kinds: Sequence[str]) -> Structures:
             continue
         if not family.has_producer or not (family.has_consumer or family.between_activations or family.atom.reasons):
             continue
-        (pinned if family.atom.reasons else free).append(family)
+        if id(family.atom) not in modules.variables:
+            (pinned if family.atom.reasons else free).append(family)
     for family in list(free):
         if any(_occurrences(axis, family.atom) > 1 for axis in _axes_of(trace, family)):
             free.remove(family)
@@ -80,6 +101,7 @@ def assemble(trace: Trace, kinds: Sequence[str]) -> Structures:
     chosen = [family for family in free if family.kind in kinds]
     names = _names(chosen)
     variables = {id(family.atom): Polynomial.variable(name) for family, name in zip(chosen, names, strict=True)}
+    variables.update(modules.variables)
 
     structures = []
     for family, name in zip(chosen, names, strict=True):
@@ -95,20 +117,20 @@ def assemble(trace: Trace, kinds: Sequence[str]) -> Structures:
         )
     macs = {True: Polynomial(), False: Polynomial()}
     for contraction in trace.contractions:
-        cost = Polynomial.constant(contraction.factor)
+        cost = modules.gate(contraction.module) * contraction.factor
         for axis in contraction.axes:
             cost = cost * size_of(axis, variables)
         macs[contraction.weight] += cost
     params = Polynomial()
     for member in trace.members.values():
         if member.is_parameter:
-            numel = Polynomial.constant(1)
+            numel = modules.gate(member.name) * modules.share(member.name)
             for dim in member.dims:
                 numel = numel if dim is None else numel * size_of(dim, variables)
             params += numel
     pinned_names = _names(pinned)
     return Structures(
-        structures,
+        [*structures, *modules.structures],
         weight_macs=macs[True],
         activation_macs=macs[False],
         params=params,
@@ -122,7 +144,8 @@ def assemble(trace: Trace, kinds: Sequence[str]) -> Structures:
                 _positions(trace, f),
             )
             for f, name in zip(pinned, pinned_names, strict=True)
-        ],
+        ]
+        + list(modules.pinned),
         shapes={m.name: tuple(m.tensor.shape) for m in trace.members.values() if m.is_parameter},
     )
 

@@ -8,7 +8,7 @@ for the pass.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import count
 from typing import Any
@@ -58,11 +58,12 @@ class Note:
 
 @dataclass(frozen=True)
 class Contraction:
-    """A product that costs factor * (product of the sizes of axes) multiply-accumulates."""
+    """A product that costs factor * (product of the sizes of axes) multiply-accumulates, in the module that does it."""
 
     axes: tuple[Axis, ...]
     factor: int
     weight: bool
+    module: str = ""
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,9 @@ class Trace(TorchDispatchMode):
 
     def count(self, factors: Sequence[Axis | None], weight: bool, factor: int = 1) -> None:
         """Count the multiply-accumulates of one contraction."""
-        self.contractions.append(Contraction(tuple(axis for axis in factors if axis is not None), factor, weight))
+        where = self.modules[-1] if self.modules else ""
+        known = tuple(axis for axis in factors if axis is not None)
+        self.contractions.append(Contraction(known, factor, weight, where))
 
     def broadcast(self, tensors: Sequence[Tensor], shape: Sequence[int]) -> Dims:
         """Axes of tensors broadcast to ``shape``: those that meet are the same."""
@@ -458,26 +461,47 @@ def module_paths(model: nn.Module, watched: Trace) -> Iterator[None]:
             handle.remove()
 
 
-def trace(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Trace:
+Watchers = Sequence[Callable[[Trace], contextlib.AbstractContextManager[Any]]]
+
+
+def trace(
+    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, watch: Watchers = ()
+) -> Trace:
     """Run ``model(*args, **kwargs)`` once in evaluation mode and return what was seen; the model is left as it was.
 
     Weights and inputs may lack values (meta device, FakeTensorMode); see ``valueless``.
+
+    Args:
+        model: any module.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        watch: contexts to be entered around the pass, inside the trace that they are given.
     """
     kwargs = dict(kwargs or {})
     inputs = list(output_tensors((args, kwargs)))
     with without_values(model, inputs) as stand_ins:
         if stand_ins is None:
-            return _trace(Trace(model, inputs), model, args, kwargs)
+            return _trace(Trace(model, inputs), model, args, kwargs, watch)
         args, kwargs = tree_map(stand_ins.of, (args, kwargs))
-        return _trace(Trace(model, [stand_ins.of(t) for t in inputs], stand_ins), model, args, kwargs)
+        known = [stand_ins.of(t) for t in inputs]
+        return _trace(Trace(model, known, stand_ins), model, args, kwargs, watch)
 
 
-def _trace(watched: Trace, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Trace:
+def _trace(watched: Trace, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], watch: Watchers) -> Trace:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     # some modules remember their last call: forgotten after the hooks of module_paths are gone
     with forgotten(model.modules()), torch.random.fork_rng(devices=list(devices)), evaluation(model):
-        with module_paths(model, watched), torch.no_grad(), decomposed(), torch.autocast("cpu", enabled=False), watched:
+        with (
+            module_paths(model, watched),
+            torch.no_grad(),
+            decomposed(),
+            torch.autocast("cpu", enabled=False),
+            watched,
+            contextlib.ExitStack() as more,
+        ):
+            for watcher in watch:
+                more.enter_context(watcher(watched))
             outputs = model(*args, **kwargs)
     with torch.no_grad():
         for buffer, before in buffers:

@@ -3,6 +3,6 @@
 from lightning_compress.surgery.apply import StructureReport, SurgeryReport, apply_plan
 from lightning_compress.surgery.errors import SurgeryError
 from lightning_compress.surgery.proof import prove
-from lightning_compress.surgery.zero import zero_units
+from lightning_compress.surgery.zero import silence_units, zero_units
 
-__all__ = ["StructureReport", "SurgeryError", "SurgeryReport", "apply_plan", "prove", "zero_units"]
+__all__ = ["StructureReport", "SurgeryError", "SurgeryReport", "apply_plan", "prove", "silence_units", "zero_units"]

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from lightning_compress.plan import PruningPlan
-from lightning_compress.structures import Edit, Structure, Tier, named_tensors
+from lightning_compress.structures import Edit, Structure, Tier, is_inside, named_tensors
 from lightning_compress.surgery.calibration import calibrate
-from lightning_compress.surgery.edits import Removal, install, kept_axes, once, zeroed_axes
+from lightning_compress.surgery.edits import Removal, install, kept_axes, module_edits, once, outside, zeroed_axes
 from lightning_compress.surgery.errors import SurgeryError
 from lightning_compress.surgery.guards import check_plain, check_sharing, check_values, check_weights
-from lightning_compress.surgery.optimizer_state import check_optimizers, cut_state
+from lightning_compress.surgery.optimizer_state import check_leaving, check_optimizers, cut_state, leave
 from lightning_compress.surgery.precision import DoubleWeights, zero_positions
 from lightning_compress.surgery.record import dense_config, remember
 from lightning_compress.surgery.renumber import Renumbering
@@ -140,10 +140,13 @@ def apply_plan(
         check_values(model, "verification")
     tensors = named_tensors(model)
     before, config = _count(model), dense_config(model)
-    kept = once(kept_axes(removals), tensors)
+    kept = once(kept_axes(outside(removals)), tensors)
     check_weights(model, tensors, kept)
     check_sharing(tensors, kept)
     check_optimizers(optimizers, tensors, kept)
+    modules_gone = {edit.module for edit in module_edits(removals)}
+    gone = {n: t for n, t in tensors.items() if any(is_inside(n, module) for module in modules_gone)}
+    check_leaving(optimizers, gone)
 
     perturbed_error = error = None if verify is None else 0.0
     # the new data must be ordinary tensors even when the caller is in inference mode, or training could not go on
@@ -154,13 +157,16 @@ def apply_plan(
         if verify is not None and removals:
             removals, perturbed_error = _find_ways(model, plan.structures, removals, args, kwargs, tolerance)
             renumbering = Renumbering(model, removals, args, kwargs)
-            reference = _zeroed_outputs(model, removals, args, kwargs)
+            reference = _zeroed_outputs(model, outside(removals), args, kwargs)
             ran = _failure(model, args, kwargs) is None
-            kept = once(kept_axes(removals), tensors)  # a way may leave some tensors whole
+            kept = once(kept_axes(outside(removals)), tensors)  # a way may leave some tensors whole
         names = {r.structure.name for r in removals}
         shapes = {name: tuple(tensors[name].shape) for name in kept}
         install(dict(model.named_modules()), removals, tensors, [s for s in plan.structures if s.name not in names])
         cut_state(optimizers, tensors, shapes, kept)
+        if gone:
+            left = {id(tensor) for tensor in named_tensors(model).values()}
+            leave(optimizers, [tensor for tensor in gone.values() if id(tensor) not in left])
         if renumbering is not None:
             error = _final_error(model, reference, renumbering, [r.structure.name for r in removals], args, kwargs)
             _check_error(error, tolerance)
@@ -210,8 +216,22 @@ def _find_ways(
                 f"Expected {_title(bench.removals[name])} to be removable, but {reason}. Nothing was changed; leave it "
                 f"out of the plan, or call discover(..., prove=True), which does.{others}"
             )
-        found = list(ways.values())
-        return found, bench.error_of(found)
+        error = bench.error_of(list(ways.values()))
+        return [_whole(r, ways.get(r.structure.name), removals) for r in removals], error
+
+
+def _whole(removal: Removal, way: Removal | None, removals: Sequence[Removal]) -> Removal:
+    """``removal`` with the way that was found for it, and with what lies inside modules that go, as it was."""
+    if way is None:  # all of it goes with a layer: nothing is left to be done
+        return removal
+    found, structure = way.structure, removal.structure
+    gone = {edit.module for edit in module_edits(removals)}
+    if not gone or not structure.slices:
+        return way
+    stays = structure.without(gone)
+    rest = tuple(piece for piece in structure.slices if piece not in stays.slices)
+    edits = tuple(edit for edit in structure.edits if edit not in stays.edits)
+    return replace(way, structure=replace(found, slices=(*found.slices, *rest), edits=(*found.edits, *edits)))
 
 
 def _zeroed_outputs(

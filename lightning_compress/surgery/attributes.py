@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from lightning_compress.polynomials import Polynomial
-from lightning_compress.structures import AttributeEdit, CoreEdit, Structure, owner_path
+from lightning_compress.structures import AttributeEdit, CoreEdit, Structure, is_inside, owner_path
 from lightning_compress.surgery.attribute_paths import integers
 from lightning_compress.surgery.edits import Removal
 from lightning_compress.surgery.slicing import is_torch_layer
@@ -49,8 +49,9 @@ class Candidate:
 
 
 def anchor(structure: Structure) -> str:
-    """Path of the innermost module that holds every slice of ``structure``."""
+    """Path of the innermost module that holds every slice of ``structure`` and all of its modules."""
     owners = [*(owner_path(p) for p in structure.parameters), *(norm.module for norm in structure.norms)]
+    owners += [owner_path(member) for member in structure.members]
     paths = [path.split(".") if path else [] for path in owners]
     common: list[str] = []
     for parts in zip(*paths, strict=False):
@@ -67,11 +68,6 @@ def around(path: str) -> Iterator[str]:
         if not path:
             return
         path = path.rpartition(".")[0]
-
-
-def is_inside(path: str, outer: str) -> bool:
-    """Whether the module ``path`` is ``outer`` or inside it."""
-    return not outer or path == outer or path.startswith(outer + ".")
 
 
 def core_edits(structure: Structure, modules: Mapping[str, nn.Module]) -> tuple[CoreEdit, ...]:

@@ -6,16 +6,17 @@ Nothing here verifies or restores; callers hold a ``Transaction``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lightning_compress.polynomials import Polynomial
-from lightning_compress.structures import AttributeEdit, CoreEdit, ShimEdit, Slice, Structure, owner_path
+from lightning_compress.structures import AttributeEdit, CoreEdit, ModuleEdit, ShimEdit, Slice, Structure, owner_path
 from lightning_compress.surgery.attention import resize, slim_
 from lightning_compress.surgery.attribute_paths import write_attribute
 from lightning_compress.surgery.errors import SurgeryError
+from lightning_compress.surgery.modules import container_of, remove_module, renumber
 from lightning_compress.surgery.shim import Side, place_shim, shims_of
 from lightning_compress.surgery.slicing import AxisPositions, cut, is_torch_layer, owners_of, repair, resize_norm
 
@@ -32,6 +33,33 @@ class Removal:
         """Units that go, increasing."""
         kept = set(self.kept)
         return tuple(u for u in range(self.structure.units) if u not in kept)
+
+
+def module_edits(removals: Iterable[Removal]) -> list[ModuleEdit]:
+    """The modules that go as a whole: removed layers as their edits say, removed experts out of their list."""
+    edits: list[ModuleEdit] = []
+    for removal in removals:
+        if removal.removed and removal.structure.members:
+            own = {edit.module: edit for edit in removal.structure.edits if isinstance(edit, ModuleEdit)}
+            paths = [removal.structure.members[unit] for unit in removal.removed]
+            edits += [own.get(path, ModuleEdit(path, "drop")) for path in paths]
+    return edits
+
+
+def outside(removals: Sequence[Removal]) -> list[Removal]:
+    """``removals`` without what lies inside modules that go as a whole: it goes with them."""
+    gone = {edit.module for edit in module_edits(removals)}
+    if not gone:
+        return list(removals)
+    result = []
+    for removal in removals:
+        structure = removal.structure
+        if structure.slices:
+            structure = structure.without(gone)
+            if not structure.slices:
+                continue
+        result.append(replace(removal, structure=structure))
+    return result
 
 
 def kept_axes(removals: Iterable[Removal]) -> dict[str, AxisPositions]:
@@ -77,6 +105,7 @@ def install(
         bystanders: further structures of the model that stay whole for now; a shim remembers where their units are.
         gradients: whether gradients are cut, too; a trial run has no use for them.
     """
+    whole, removals = removals, outside(removals)
     kept = kept_axes(removals)
     cores: dict[str, dict[str, int]] = {}
     for removal in removals:
@@ -110,6 +139,7 @@ def install(
         )
     _place_shims(modules, removals, kept, bystanders)
     _set_attributes(modules, removals, bystanders)
+    _remove_modules(modules, whole)
 
 
 def _renumber_padding(modules: Mapping[str, nn.Module], removal: Removal) -> None:
@@ -149,6 +179,17 @@ def counts_between(removals: Iterable[Removal], bystanders: Iterable[Structure] 
         structure = removal.structure
         counts[structure.name] = float(structure.units if structure.tier == "shim" else len(removal.kept))
     return counts
+
+
+def _remove_modules(modules: Mapping[str, nn.Module], removals: Sequence[Removal]) -> None:
+    edits = module_edits(removals)
+    numbers: dict[str, dict[str, None]] = {}
+    for edit in edits:
+        remove_module(modules, edit)
+        if edit.way == "drop":
+            numbers.setdefault(container_of(edit.module), {}).update(dict.fromkeys(edit.numbers))
+    for container, paths in numbers.items():
+        renumber(modules[container], paths)
 
 
 def _module(modules: Mapping[str, nn.Module], path: str) -> nn.Module:

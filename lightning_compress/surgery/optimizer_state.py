@@ -95,6 +95,32 @@ def cut_state(
             _cut_one(optimizer, name, tensors[name], shapes[name], axes, dry=False)
 
 
+def check_leaving(optimizers: Iterable[Any], gone: Mapping[str, Tensor]) -> None:
+    """Raise SurgeryError where parameters that go as a whole cannot leave an optimizer."""
+    for optimizer in optimizers:
+        held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
+        names = [name for name, tensor in gone.items() if id(tensor) in held]
+        if names and isinstance(optimizer, torch.optim.LBFGS):
+            raise SurgeryError(
+                f"Expected an optimizer with state per parameter, but got LBFGS for {names[0]!r}: its history is one "
+                "flat vector of all parameters and cannot be cut. Use another optimizer, or make a new LBFGS after "
+                "the removal."
+            )
+
+
+def leave(optimizers: Iterable[Any], gone: Iterable[Tensor]) -> None:
+    """Take parameters that go as a whole out of every group and state; a group may be left empty, but it stays.
+
+    Schedulers and loggers know groups by their position.
+    """
+    identities = {id(tensor) for tensor in gone}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"][:] = [p for p in group["params"] if id(p) not in identities]
+        for parameter in [p for p in optimizer.state if id(p) in identities]:
+            del optimizer.state[parameter]
+
+
 def zero_state(optimizers: Iterable[Any], tensor: Tensor, removed: Mapping[int, Tensor]) -> None:
     """Set the state of the positions ``removed`` to zero wherever the state has the shape of the parameter."""
     for optimizer in optimizers:

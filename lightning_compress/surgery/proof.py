@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.discovery.tracer import output_tensors
-from lightning_compress.structures import Pinned, Structure, Structures, named_tensors
+from lightning_compress.structures import ModuleEdit, Pinned, Structure, Structures, named_tensors
 from lightning_compress.surgery.apply import TOLERANCE
 from lightning_compress.surgery.calibration import calibrate
+from lightning_compress.surgery.depth import KIND as LAYER
 from lightning_compress.surgery.edits import Removal, kept_axes, once, zeroed_axes
 from lightning_compress.surgery.errors import NotFinite, SurgeryError
 from lightning_compress.surgery.guards import check_plain, check_sharing, check_values, check_weights
+from lightning_compress.surgery.modules import container_of
 from lightning_compress.surgery.precision import DoubleWeights, zero_positions
 from lightning_compress.surgery.transaction import Transaction
 from lightning_compress.surgery.verify import Rehearsal
@@ -60,6 +62,8 @@ def prove(
     removals = []
     tensors = named_tensors(model)
     for structure in structures:
+        if structure.kind == LAYER:
+            continue
         reason = _cannot_even_try(model, tensors, structure)
         if reason is None:
             bare = replace(structure, tier=None, edits=())
@@ -68,16 +72,32 @@ def prove(
         else:
             pinned.append(_pin(structure, reason))
     ways: dict[str, Removal] = {}
-    if removals:
-        call = (tuple(args), dict(kwargs or {}))
-        try:
-            ways, failures = _resolved(model, removals, *call, tolerance)
-        except NotFinite:
-            finite = _finite_together(model, removals, *call)
-            ways, failures = _resolved(model, finite, *call, tolerance) if finite else ({}, {})
-            failures.update({r.structure.name: UNDEFINED for r in removals if r not in finite})
+    call = (tuple(args), dict(kwargs or {}))
+    # what lies inside a module that goes could not be looked at at the same time
+    for group in ([r for r in removals if not r.structure.members], [r for r in removals if r.structure.members]):
+        if group:
+            found, failures = _prove_together(model, group, *call, tolerance)
+            ways.update(found)
+            pinned += [_pin(structures[name], reason) for name, reason in failures.items()]
+    layers = [s for s in structures if s.kind == LAYER]
+    if layers:
+        found, failures = _prove_layers(model, layers, *call, tolerance)
+        ways.update(found)
         pinned += [_pin(structures[name], reason) for name, reason in failures.items()]
     return structures.rebuilt((ways[s.name].structure for s in structures if s.name in ways), pinned)
+
+
+def _prove_together(
+    model: nn.Module, removals: Sequence[Removal], args: Sequence[Any], kwargs: Mapping[str, Any], tolerance: float
+) -> tuple[dict[str, Removal], dict[str, str]]:
+    """Ways in which ``removals`` go together, and the reasons of those without."""
+    try:
+        return _resolved(model, removals, args, kwargs, tolerance)
+    except NotFinite:
+        finite = _finite_together(model, removals, args, kwargs)
+        ways, failures = _resolved(model, finite, args, kwargs, tolerance) if finite else ({}, {})
+        failures.update({r.structure.name: UNDEFINED for r in removals if r not in finite})
+        return ways, failures
 
 
 def _resolved(
@@ -132,9 +152,59 @@ def _dry_run(model: nn.Module, removals: Sequence[Removal]) -> Iterator[Rehearsa
         yield rehearsal
 
 
+def _prove_layers(
+    model: nn.Module, layers: Sequence[Structure], args: Sequence[Any], kwargs: Mapping[str, Any], tolerance: float
+) -> tuple[dict[str, Removal], dict[str, str]]:
+    """The way of each layer, found alone, and the reasons of those without; then all go that can go together."""
+    removals = [Removal(replace(s, tier=None), ()) for s in layers]
+    ways: dict[str, Removal] = {}
+    failures: dict[str, str] = {}
+    with _dry_run(model, ()) as rehearsal:
+        rehearsal.reference(args, kwargs)  # what is wrong with the call itself is no layer's fault
+        calibrate(rehearsal, model, args, kwargs)
+
+        def workbench(chosen: Sequence[Removal]) -> Workbench:
+            return Workbench(rehearsal, model, layers, chosen, args, kwargs, tolerance)
+
+        hints: dict[str, Structure] = {}
+        for removal in removals:
+            try:
+                bench = workbench([removal])
+            except SurgeryError as error:
+                failures[removal.structure.name] = f"the model needs what it does: passed by, {error}"
+                continue
+            bench.hints = hints
+            found, reasons = bench.resolve()
+            ways.update(found)
+            failures.update(reasons)
+            hints.update({container_of(w.structure.members[0]): w.structure for w in found.values()})
+        together = _all_but_one(list(ways.values()))
+        if len(together) > 1 and (reason := workbench(together).attempt(together)) is not None:
+            for way in ways.values():
+                edits = tuple(
+                    replace(edit, way="skip", numbers=())
+                    for edit in way.structure.edits
+                    if isinstance(edit, ModuleEdit)
+                )
+                ways[way.structure.name] = replace(way, structure=replace(way.structure, edits=edits))
+            together = _all_but_one(list(ways.values()))
+            if (reason := workbench(together).attempt(together)) is not None:
+                failures.update(dict.fromkeys(ways, f"it cannot go together with other layers: {reason}"))
+                ways.clear()
+    return ways, failures
+
+
+def _all_but_one(layers: Sequence[Removal]) -> list[Removal]:
+    """The layers without the last of each stack, so that one stays."""
+    last = {container_of(layer.structure.members[0]): layer for layer in layers}
+    return [layer for layer in layers if layer is not last[container_of(layer.structure.members[0])]]
+
+
 def _cannot_even_try(model: nn.Module, tensors: Mapping[str, Tensor], structure: Structure) -> str | None:
     if structure.units < 2:
         return "it has a single unit, and one must stay"
+    if structure.units <= structure.floor:
+        return f"{structure.floor} of its {structure.units} units must stay"
     for piece in structure.slices:
         if piece.parameter not in tensors or piece.axis >= tensors[piece.parameter].dim():
             raise ValueError(

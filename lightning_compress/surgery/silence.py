@@ -4,6 +4,8 @@ Zeroing the weights that read a unit is not enough where something else depends 
 its statistics over it. Then the unpruned model is compared with that module leaving the unit out:
 
     masked(norm)(x) = scatter(norm with sliced weights(gather(x)))        zeros where units are gone
+    passed(layer)(x) = x                                                  in the form of the layer's output
+    masked(router)(x) = scores(x), -inf at removed experts                before any is chosen
 
 The masks are hooks, instances of small classes, so that a masked model can be copied and trained: gradients reach the
 full parameters. Callers put them on with ``silence`` and take them off with ``Silence.remove``.
@@ -18,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.structures import Normalisation
-from lightning_compress.surgery.edits import Removal, kept_axes
+from lightning_compress.structures import Normalisation, Passage
+from lightning_compress.surgery.edits import Removal, kept_axes, module_edits
 from lightning_compress.surgery.errors import SurgeryError
+from lightning_compress.surgery.modules import PassBy
+from lightning_compress.surgery.routing import RouterMask
 from lightning_compress.surgery.slicing import AxisPositions, repair, resize_norm
 
 BUFFER = "_unmasked_positions"
@@ -86,6 +90,8 @@ class Silence:
     def __init__(self) -> None:
         self._handles: list[Any] = []
         self._buffers: list[nn.Module] = []
+        self._passed: list[nn.Module] = []
+        self._values: list[tuple[Tensor, int, Tensor, Tensor]] = []
 
     def mask_norm(self, module: nn.Module, dim: int, kept: Tensor, own: Mapping[str, AxisPositions]) -> None:
         """Let a normalisation leave positions out.
@@ -107,8 +113,38 @@ class Silence:
         self._handles.append(module.register_forward_pre_hook(mask.before, with_kwargs=True))
         self._handles.append(module.register_forward_hook(mask.after, prepend=True, always_call=True))
 
+    def pass_by(self, module: nn.Module, passage: Passage) -> None:
+        """Let a module return its inputs; nothing in it is called."""
+        if "forward" in vars(module):
+            raise SurgeryError(
+                f"Expected {type(module).__name__} to have the forward of its class, but it has one of its own (it is "
+                "passed by already, or wrapped), so it cannot be passed by. Take that off first: remove()."
+            )
+        module.forward = PassBy(passage)
+        self._passed.append(module)
+
+    def mask_router(self, module: nn.Module, parameter: str, removed: Tensor) -> None:
+        """Let a router give -inf to removed experts; ``parameter`` is the name of its weight in ``module``."""
+        mask = RouterMask(parameter, removed)
+        self._handles.append(module.register_forward_pre_hook(mask.before))
+        self._handles.append(module.register_forward_hook(mask.after, prepend=True, always_call=True))
+
+    def zero(self, tensor: Tensor, axis: int, positions: Tensor) -> None:
+        """Set positions of a tensor to zero until the masks are taken off."""
+        positions = positions.to(tensor.device)
+        with torch.no_grad():
+            self._values.append((tensor, axis, positions, tensor.index_select(axis, positions)))
+            tensor.index_fill_(axis, positions, 0)
+
     def remove(self) -> None:
         """Take all masks off."""
+        with torch.no_grad():
+            for tensor, axis, positions, values in reversed(self._values):
+                tensor.index_copy_(axis, positions, values)
+        for module in self._passed:
+            vars(module).pop("forward", None)
+        self._values.clear()
+        self._passed.clear()
         for handle in self._handles:
             handle.remove()
         for module in self._buffers:
@@ -150,10 +186,27 @@ def silence(modules: Mapping[str, nn.Module], removals: Iterable[Removal]) -> Si
                 if name.startswith(prefix) and "." not in name.removeprefix(prefix)
             }
             masks.mask_norm(modules[place.module], place.dim, positions, own)
+        for edit in module_edits(removals):
+            if edit.passage is not None:
+                if edit.module not in modules:
+                    raise SurgeryError(f"Expected the model to have a module {edit.module!r}, but it has none.")
+                masks.pass_by(modules[edit.module], edit.passage)
+        for removal in removals:
+            if removal.structure.kind == "expert":
+                _mask_router(masks, modules, removal)
     except BaseException:
         masks.remove()
         raise
     return masks
+
+
+def _mask_router(masks: Silence, modules: Mapping[str, nn.Module], removal: Removal) -> None:
+    for piece in removal.structure.slices:
+        path, _, name = piece.parameter.rpartition(".")
+        owner = modules.get(path)
+        weight = None if owner is None else owner._parameters.get(name)
+        if piece.zero and owner is not None and weight is not None and weight.dim() == 2:
+            masks.mask_router(owner, name, torch.tensor(removal.removed, dtype=torch.long))
 
 
 def _norms(removals: Iterable[Removal]) -> dict[Normalisation, Tensor]:

@@ -21,7 +21,7 @@ class Transaction:
 
     Args:
         modules: every module whose attributes, hooks, class, parameters or buffers may change.
-        optimizers: optimizers whose state may change.
+        optimizers: optimizers whose state and lists of parameters may change.
 
     >>> from torch import nn
     >>> layer = nn.Linear(3, 2)
@@ -43,8 +43,10 @@ class Transaction:
                     tensors.setdefault(id(tensor), tensor)
         self._tensors = [(tensor, tensor.data, tensor.grad if tensor.is_leaf else None) for tensor in tensors.values()]
         self._states: list[tuple[Any, dict[Any, tuple[Any, dict[Any, Any]]]]] = []
+        self._groups: list[tuple[list[Any], list[Any]]] = []
         for optimizer in optimizers:
             self._states.append((optimizer.state, {p: (s, dict(s)) for p, s in optimizer.state.items()}))
+            self._groups += [(group["params"], list(group["params"])) for group in optimizer.param_groups]
 
     def rollback(self) -> None:
         """Restore everything now; may be called more than once."""
@@ -59,6 +61,8 @@ class Transaction:
                 tensor.data = data
             if tensor.is_leaf and tensor.grad is not gradient:
                 tensor.grad = gradient
+        for group, parameters in self._groups:
+            group[:] = parameters
         for live, saved in self._states:
             for parameter in [p for p in live if p not in saved]:
                 del live[parameter]

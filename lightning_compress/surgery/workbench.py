@@ -27,7 +27,10 @@ from lightning_compress.surgery.attributes import (
     is_inside,
     selections,
 )
-from lightning_compress.surgery.edits import Removal, faced_side, install, shim_dim, zeroed_axes
+from lightning_compress.surgery.depth import KIND as LAYER
+from lightning_compress.surgery.depth import find_layer
+from lightning_compress.surgery.edits import Removal, faced_side, install, module_edits, outside, shim_dim, zeroed_axes
+from lightning_compress.surgery.modules import container_of
 from lightning_compress.surgery.precision import add_noise, add_tiled, to_double, zero_positions
 from lightning_compress.surgery.renumber import Renumbering
 from lightning_compress.surgery.shim import Side
@@ -57,7 +60,7 @@ class Workbench:
         rehearsal: of the model.
         model: the model.
         structures: all structures that are known of it.
-        removals: those that lose units.
+        removals: those that lose units; of each only what lies outside removed layers and experts.
         args: positional arguments of the example call.
         kwargs: its keyword arguments.
         tolerance: largest error that counts as equal.
@@ -76,6 +79,7 @@ class Workbench:
         self.model = model
         self._rehearsal = rehearsal
         self.structures = {s.name: s for s in structures}
+        removals = outside(removals)
         self.removals = {r.structure.name: r for r in removals}
         self.counts = {s.name: float(s.units) for s in self.structures.values()}
         self.tolerance = tolerance
@@ -89,6 +93,7 @@ class Workbench:
         self._calls: dict[str, Call] = {}
         self._trusted: dict[str, bool] = {}
         self._unread_by_kind: dict[tuple[Any, ...], frozenset[str]] = {}
+        self.hints: dict[str, Structure] = {}  # container of a stack -> a layer of it whose way is known
 
         self._renumbering = Renumbering(model, removals, args, kwargs)
         loose = {p.parameter for r in removals for p in r.structure.slices if p.zero and not self._sides(p)}
@@ -226,6 +231,10 @@ class Workbench:
         # a new core changes its output projection, too
         cores = {e.module for r in removals for e in r.structure.edits if isinstance(e, CoreEdit)}
         paths |= {path for path in self.modules if any(is_inside(path, core) for core in cores)}
+        # a removed module leaves its container, whose other members may be numbered anew
+        for edit in (e for r in removals for e in module_edits([r])):
+            outer = container_of(edit.module)
+            paths |= {path for path in self.modules if is_inside(path, outer)} if edit.numbers else {outer}
         return [self.modules[path] for path in paths if path in self.modules]
 
     def attempt(self, removals: Sequence[Removal], path: str = "") -> str | None:
@@ -241,9 +250,13 @@ class Workbench:
     def influences(self, structure: Structure, path: str) -> bool:
         """Whether the weights that silence the units of ``structure`` have a say in what the module ``path`` returns.
 
+        A layer does where passing it by changes anything.
+
         All units are asked together: a single one may be dead on the example, and removing it is none the worse for
         that.
         """
+        if structure.kind == LAYER:
+            return self._compare(path, {structure.name}) > self.tolerance
         saved = {piece.parameter: self.tensors[piece.parameter].data for piece in structure.slices if piece.zero}
         if not saved:
             return True  # nothing makes its units silent; they are compared as they are
@@ -270,6 +283,8 @@ class Workbench:
         place = self._place_to_try(removal.structure)
         if not self.influences(removal.structure, place) and not self._enlivened(removal.structure, place):
             return self._find_silent(removal, place)
+        if removal.structure.kind == "expert":
+            return self._find_experts(removal, place)
         native = self._find_native(removal, place)
         if isinstance(native, Found):
             return native
@@ -352,6 +367,19 @@ class Workbench:
             pools.append(("", inner, ATTEMPTS // 8))
         return self._search(removal, "native", base, pools)
 
+    def _find_experts(self, removal: Removal, place: str) -> Found | str:
+        """Natively, with all counts beside the weights where that works: another kernel may read those it spares now.
+
+        There is no shim: a score of zero is no removal.
+        """
+        owners = {owner_path(piece.parameter) for piece in removal.structure.slices}
+        beside = [c for c in candidates(removal, self.modules, self.counts) if owners.issuperset(c.modules)]
+        if beside:
+            way = edited(removal, "native", (), beside)
+            if self.attempt([way], place) is None:
+                return Found(way.structure, tuple(c.key for c in beside))
+        return self._find_native(removal, place)
+
     def _find_shim(self, removal: Removal, place: str) -> Found | str:
         reasons = []
         for structure in self._shim_variants(removal.structure):
@@ -431,14 +459,34 @@ class Workbench:
         failures: dict[str, str] = {}
         groups: dict[Any, list[Removal]] = {}
         for removal in self.removals.values():
-            if removal.structure.tier is None:
+            if removal.structure.tier is None and removal.structure.kind != LAYER:
                 groups.setdefault(self._signature(removal.structure), []).append(removal)
         for group in groups.values():
             self._resolve_group(group, ways, failures)
         ways = harmonised(ways)
         if ways and self.attempt(list(ways.values())) is not None:
             self._resolve_one_by_one(ways, failures)
+        self._resolve_layers(ways, failures)
         return frozen_shims(ways), failures
+
+    def _resolve_layers(self, ways: dict[str, Removal], failures: dict[str, str]) -> None:
+        """Add the layers, one after the other, behind everything else."""
+        known: dict[str, Structure] = {}
+        for name, removal in self.removals.items():
+            structure = removal.structure
+            if structure.kind != LAYER or structure.tier is not None:
+                continue
+            if not self.influences(structure, ""):
+                failures[name] = NO_INFLUENCE
+                continue
+            stack = container_of(structure.members[0])
+            hint = known.get(stack, self.hints.get(stack))
+            found = find_layer(self, removal, list(ways.values()), hint)
+            if isinstance(found, str):
+                failures[name] = found
+            else:
+                known[stack] = found
+                ways[name] = replace(removal, structure=found)
 
     def _resolve_group(self, group: Sequence[Removal], ways: dict[str, Removal], failures: dict[str, str]) -> None:
         found: Found | None = None
@@ -479,6 +527,11 @@ class Workbench:
         ways.update(harmonised(accepted))
 
     def _other_way(self, way: Removal, accepted: dict[str, Removal], reason: str) -> tuple[str | None, Removal]:
+        if way.structure.kind == LAYER:
+            layer = find_layer(self, way, list(accepted.values()), None)
+            if isinstance(layer, str):
+                return f"it does not fit together with the other structures: {layer}", way
+            return None, replace(way, structure=layer)
         given = self.removals.get(way.structure.name, way)
         bare = replace(given, structure=replace(given.structure, tier=None, edits=()))
         place = self._place_to_try(bare.structure)
