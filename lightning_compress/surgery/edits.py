@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +138,7 @@ def install(
             counts.get("qk_head_dim"),
             counts.get("vo_head_dim"),
         )
-    _place_shims(modules, removals, kept, bystanders)
+    _place_shims(modules, removals, tensors, kept, bystanders)
     _set_attributes(modules, removals, bystanders)
     _remove_modules(modules, whole)
 
@@ -204,6 +205,7 @@ def _module(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
 def _place_shims(
     modules: Mapping[str, nn.Module],
     removals: Sequence[Removal],
+    tensors: Mapping[str, Tensor],
     kept: Mapping[str, AxisPositions],
     bystanders: Sequence[Structure],
 ) -> None:
@@ -214,11 +216,12 @@ def _place_shims(
             if isinstance(edit, ShimEdit) and removal.removed:
                 place = (edit.module, edit.side)
                 edits[place] = edit
-                faces.setdefault(place, _facing(_module(modules, edit.module), edit, removal.structure))
+                faces.setdefault(place, _facing(_module(modules, edit.module), edit, removal.structure, tensors))
     # a shim of an earlier removal faces an axis that may be cut now by a structure that goes natively
     for path, module in modules.items():
         for side, shim in shims_of(module):
-            name = f"{path}.{shim.parameter}" if path else shim.parameter
+            own = f"{path}.{shim.parameter}" if path else shim.parameter
+            name = _first_name(module, shim.parameter, own, kept, tensors)
             if (path, side) not in edits and shim.axis in kept.get(name, {}):
                 edits[path, side] = ShimEdit(path, side, shim.dim)
                 faces[path, side] = next(
@@ -242,7 +245,7 @@ def _place_shims(
         place_shim(
             _module(modules, edit.module),
             edit,
-            parameter=face.parameter.removeprefix(f"{edit.module}."),
+            parameter=_name_in(_module(modules, edit.module), tensors[face.parameter]) or face.parameter,
             axis=face.axis,
             size=face.size,
             kept=kept.get(face.parameter, {}).get(face.axis, torch.arange(face.size)),
@@ -280,9 +283,22 @@ def shim_dim(module: nn.Module) -> int:
     return -1
 
 
-def _facing(module: nn.Module, edit: ShimEdit, structure: Structure) -> Slice:
+def _name_in(module: nn.Module, tensor: Tensor) -> str | None:
+    """Name of ``tensor`` in ``module``, which may be one of several that share it."""
+    own = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    return next((name for name, candidate in own if candidate is tensor), None)
+
+
+def _first_name(
+    module: nn.Module, parameter: str, name: str, kept: Mapping[str, AxisPositions], tensors: Mapping[str, Tensor]
+) -> str:
+    """The name by which a plan knows the tensor ``parameter`` of ``module``."""
+    return next((known for known in kept if _name_in(module, tensors[known]) == parameter), name)
+
+
+def _facing(module: nn.Module, edit: ShimEdit, structure: Structure, tensors: Mapping[str, Tensor]) -> Slice:
     for piece in structure.slices:
-        if owner_path(piece.parameter) == edit.module and edit.side in faced_side(module, piece):
+        if _name_in(module, tensors[piece.parameter]) is not None and edit.side in faced_side(module, piece):
             return piece
     raise SurgeryError(
         f"Expected a parameter of {edit.module!r} to face its {edit.side} shim in structure {structure.name!r}, but "

@@ -416,9 +416,14 @@ class Workbench:
             sides = self._sides(piece)
             if not sides:
                 return f"{piece.parameter!r} belongs to no layer whose output or input carries the units"
-            path = owner_path(piece.parameter)
-            for side in sides:
-                edits.setdefault(ShimEdit(path, side, shim_dim(self.modules[path])))
+            own = owner_path(piece.parameter)
+            # a parameter that several modules share is cut for all of them
+            sharers = [p for p in self._owners.get(id(self.tensors[piece.parameter]), ()) if p != own]
+            for path in (own, *sharers):
+                if type(self.modules[path]) is not type(self.modules[own]):
+                    return f"{piece.parameter!r} is shared by layers of different classes"
+                for side in sides:
+                    edits.setdefault(ShimEdit(path, side, shim_dim(self.modules[path])))
         return tuple(edits)
 
     def _search(
@@ -441,8 +446,11 @@ class Workbench:
                     if self.attempt([edited(removal, tier, base, fewer)], place) is None:
                         needed = fewer
                 way = edited(removal, tier, base, needed)
-                if place and self._shared_beyond(removal.structure, place) and self.attempt([way]) is not None:
-                    continue
+                if place and self._shared_beyond(removal.structure, place):
+                    beyond = self.attempt([way])
+                    if beyond is not None:
+                        reasons[beyond] += 1
+                        continue
                 return Found(way.structure, tuple(c.key for c in needed))
         return f"{reasons.most_common(1)[0][0]} ({sum(reasons.values())} attempts)"
 
