@@ -418,8 +418,8 @@ class Workbench:
                 return f"{piece.parameter!r} belongs to no layer whose output or input carries the units"
             own = owner_path(piece.parameter)
             # a parameter that several modules share is cut for all of them
-            sharers = [p for p in self._owners.get(id(self.tensors[piece.parameter]), ()) if p != own]
-            for path in (own, *sharers):
+            sharers = (p.partition(".parametrizations")[0] for p in self._owners[id(self.tensors[piece.parameter])])
+            for path in dict.fromkeys((own, *sharers)):
                 if type(self.modules[path]) is not type(self.modules[own]):
                     return f"{piece.parameter!r} is shared by layers of different classes"
                 for side in sides:
