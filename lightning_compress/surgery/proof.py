@@ -108,12 +108,18 @@ def _resolved(
         calibrate(rehearsal, model, args, kwargs)
         ways, failures = Workbench(rehearsal, model, known, removals, args, kwargs, tolerance).resolve()
         # what holds for one unit by chance need not hold for many
-        many = [replace(way, kept=tuple(range(1, way.structure.units, 2))) for way in ways.values()]
+        many = [replace(way, kept=_half(way)) for way in ways.values()]
         with suppress(NotFinite):
             if many:
                 ways, others = Workbench(rehearsal, model, known, many, args, kwargs, tolerance).resolve()
                 failures |= others
         return ways, failures
+
+
+def _half(way: Removal) -> tuple[int, ...]:
+    """Every second unit, where that many may go: the example needs its ids, and a router enough experts."""
+    kept = tuple(range(1, way.structure.units, 2))
+    return way.kept if way.structure.kind == "vocab" or len(kept) < way.structure.floor else kept
 
 
 def _finite_together(
