@@ -27,16 +27,18 @@ from lightning_compress.budget import (
 from lightning_compress.callbacks.checkpoint import before_load, take_shape
 from lightning_compress.callbacks.latency_target import LatencyTarget
 from lightning_compress.callbacks.moments import FitLength, Moment
-from lightning_compress.callbacks.removal import check_finite, check_single_process, make_report
+from lightning_compress.callbacks.processes import Processes
+from lightning_compress.callbacks.removal import check_finite, make_report, remove_units
 from lightning_compress.callbacks.session import CompressionSession, log_progress, traced_module
 from lightning_compress.callbacks.shrinkage import unit_costs
 from lightning_compress.callbacks.sparsity_settings import check_count, check_importance
+from lightning_compress.callbacks.strategies import check_strategy
 from lightning_compress.importance import Importance, TaylorAccumulator, unit_norms, unit_scores
 from lightning_compress.plan import PruningPlan
 from lightning_compress.report import CompressionReport, count_parameters, file_size
 from lightning_compress.schedules import Shape, ramp
 from lightning_compress.structures import check_kinds
-from lightning_compress.surgery import SurgeryReport, apply_plan
+from lightning_compress.surgery import SurgeryReport
 
 
 class FinalizeCompression(Callback):
@@ -227,7 +229,8 @@ class FinalizeCompression(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the moment of the removal comes in this fit."""
         session = self._joined()
-        check_single_process(trainer, pl_module)
+        check_strategy(trainer, pl_module, "FinalizeCompression", removes=True)
+        session.processes = Processes.of(trainer)
         session.watch(pl_module)
         if self._latency is not None:
             self._latency.context = trainer.precision_plugin.forward_context
@@ -239,7 +242,7 @@ class FinalizeCompression(Callback):
                 "end of this run. FinalizeCompression(at=0.6) would remove in it."
             )
             return
-        self.moment.check(self._length, "FinalizeCompression")
+        self.moment.check(self._length, "FinalizeCompression", session.processes.count)
         starts = [self.moment.position_of_fraction(c.start, self._length) for c in session.sparsities]
         self._start = min(starts, default=0.0)
 
@@ -291,7 +294,8 @@ class FinalizeCompression(Callback):
             self._done += 1
             due = True
         if due:
-            check_finite(session, outputs, trainer.global_step)
+            step = trainer.global_step
+            session.processes.together("check loss and weights", lambda: check_finite(session, outputs, step))
             self._remove(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -385,6 +389,30 @@ class FinalizeCompression(Callback):
         norms = unit_norms(session.traced, session.structures)
         return {name: score.masked_fill(norms[name] == 0, 0.0) for name, score in scores.items()}
 
+    def _chosen(self) -> PruningPlan:
+        """The plan of the next removal, as process 0 makes it."""
+        session = self._joined()
+        model, structures, processes = session.traced, session.structures, session.processes
+        assert model is not None and structures is not None
+        target = ramp(self._done / self.rounds, begin_value=1.0, end_value=self.fraction, shape=self.schedule)
+        # functions of the user may communicate, and so they are called in every process
+        scores = processes.agreed("score units", self.scores)
+        options = self.options(target)
+
+        def choose() -> PruningPlan:
+            if self._latency is None or not self.finished:
+                return make_plan(model, structures, scores=scores, **options)
+            goal, table = self._latency.goal(session, target, self._dense), self._latency.table(session)
+            return plan_for_latency(model, structures, goal, table, scores, **self._limits())[0]
+
+        with warnings.catch_warnings():
+            if not self.finished:
+                # nobody asked for the targets in between: how well they are met is no news
+                warnings.simplefilter("ignore", BudgetWarning)
+            return processes.first(
+                "choose units to remove", choose, pack=PruningPlan.to_json, unpack=PruningPlan.from_json
+            )
+
     def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         session = self._joined()
         assert session.traced is not None and session.example is not None and session.structures is not None
@@ -394,24 +422,10 @@ class FinalizeCompression(Callback):
             prepare()
         if session.version == 0:
             self._before = (count_parameters(session.traced), file_size(session.traced) if self.wants_report else 0)
-            if (self.wants_report or self._latency is not None) and self._dense is None:
+            # process 0 measures for all of them
+            if (self.wants_report or self._latency is not None) and self._dense is None and not session.processes.rank:
                 self._dense = copy.deepcopy(session.traced)
-        target = ramp(self._done / self.rounds, begin_value=1.0, end_value=self.fraction, shape=self.schedule)
-        with warnings.catch_warnings():
-            if not self.finished:
-                # nobody asked for the targets in between: how well they are met is no news
-                warnings.simplefilter("ignore", BudgetWarning)
-            if self._latency is not None and self.finished:
-                goal, table = self._latency.goal(session, target, self._dense), self._latency.table(session)
-                plan, _ = plan_for_latency(
-                    session.traced, session.structures, goal, table, self.scores(), **self._limits()
-                )
-            else:
-                plan = make_plan(session.traced, session.structures, scores=self.scores(), **self.options(target))
-        # surgery computes in float64 and on copies of the inputs: no autocast, no inference mode around it
-        with torch.autocast(pl_module.device.type, enabled=False):
-            verify = (session.example.args, session.example.kwargs)
-            done = apply_plan(session.traced, plan, optimizers=trainer.optimizers, verify=verify)
+        done = remove_units(session, trainer, pl_module, self._chosen())
         session.removed(done.plan)
         self.surgery_reports.append(done)
         self._errors.append(_error(done))
@@ -419,8 +433,13 @@ class FinalizeCompression(Callback):
         self._taylor = None
         if self.finished and self.wants_report:
             context = trainer.precision_plugin.forward_context()
-            self.report = make_report(
-                session, self._dense, self._before, max(self._errors), context, trainer.global_step
+            self.report = session.processes.first(
+                "report what was removed",
+                lambda: make_report(
+                    session, self._dense, self._before, max(self._errors), context, trainer.global_step
+                ),
+                pack=CompressionReport.to_json,
+                unpack=CompressionReport.from_json,
             )
             pl_module.print(str(self.report))
             for logger in trainer.loggers:

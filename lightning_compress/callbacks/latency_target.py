@@ -73,21 +73,26 @@ class LatencyTarget:
     def table(self, session: CompressionSession) -> LatencyTable:
         """The table of the dense module, measured when it is first asked for."""
         if self._table is None:
-            assert session.traced is not None and session.structures is not None
-            call = self.call(session)
-            # a fit resumed after a removal has the table of its checkpoint
-            assert session.version == 0, "the table is that of the dense module"
-            with torch.inference_mode(False), torch.autocast(_device(session.traced), enabled=False):
-                self._table = measure_latency_table(
-                    session.traced,
-                    session.structures,
-                    call.args,
-                    call.kwargs,
-                    seconds=self.seconds,
-                    context=self.context,
-                    measure=measure_latency,
-                )
+            self._table = session.processes.first(
+                "measure latency", lambda: self._measured(session), LatencyTable.to_json, LatencyTable.from_json
+            )
         return self._table
+
+    def _measured(self, session: CompressionSession) -> LatencyTable:
+        assert session.traced is not None and session.structures is not None
+        call = self.call(session)
+        # a fit resumed after a removal has the table of its checkpoint
+        assert session.version == 0, "the table is that of the dense module"
+        with torch.inference_mode(False), torch.autocast(_device(session.traced), enabled=False):
+            return measure_latency_table(
+                session.traced,
+                session.structures,
+                call.args,
+                call.kwargs,
+                seconds=self.seconds,
+                context=self.context,
+                measure=measure_latency,
+            )
 
     def goal(self, session: CompressionSession, fraction: float, dense: nn.Module | None) -> LatencyGoal:
         """What the last removal is to meet: ``fraction`` of the latency of ``dense``, the module before the first.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import lightning.pytorch as pl
 
+from lightning_compress.callbacks.processes import Processes
+
 
 @dataclass(frozen=True)
 class FitLength:
@@ -31,7 +33,11 @@ class FitLength:
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> FitLength:
-        """The length of the fit that ``trainer`` is about to run; sets up the training loader if need be."""
+        """The length of the fit that ``trainer`` is about to run; sets up the training loader if need be.
+
+        Raises:
+            ValueError: if processes have different numbers of training batches.
+        """
         estimated = trainer.estimated_stepping_batches
         # with a loader of unknown length and no max_steps Lightning answers -1
         steps = float(estimated) if estimated > 0 else math.inf
@@ -44,6 +50,13 @@ class FitLength:
         if not trainer.lightning_module.automatic_optimization:
             # a manual step may step several optimizers, or none: only max_steps says how many there will be
             steps, per_epoch_steps = max_steps, 0
+        every = Processes.of(trainer).gather("measure the length of the fit", per_epoch)
+        if len(set(every)) > 1:
+            raise ValueError(
+                f"Expected all processes to have the same number of training batches, but they have {every}: those "
+                "with more would wait for gradients of the others for ever. Let every process draw its share, as "
+                f"Trainer(use_distributed_sampler=True) does, or cut it: limit_train_batches={min(every):g}."
+            )
         return cls(per_epoch * epochs, per_epoch, per_epoch_steps, epochs, steps, max_steps)
 
     def progress(self, trainer: pl.Trainer) -> float:
@@ -105,8 +118,13 @@ class Moment:
             return f"at={self.at:g}"
         return f"at_epoch={self.at_epoch}" if self.at_epoch is not None else f"at_step={self.at_step}"
 
-    def check(self, length: FitLength, owner: str) -> None:
+    def check(self, length: FitLength, owner: str, processes: int = 1) -> None:
         """Raise ValueError if the moment never comes in a fit of this length, or cannot be told beforehand."""
+        if processes > 1 and self.at_epoch is not None and not math.isfinite(length.batches_per_epoch):
+            raise ValueError(
+                f"Expected {owner}({self}) in a fit of {processes} processes to have a loader of known length: their "
+                f"epochs need not end together. Give the moment as {owner}(at_step=...)."
+            )
         if self.at is not None and not (math.isfinite(length.batches) or math.isfinite(length.max_steps)):
             raise ValueError(
                 f"Expected the Trainer of {owner}({self}) to have max_steps, or max_epochs and a loader of known "

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.callbacks.session import CompressionSession
+from lightning_compress.callbacks.strategies import unwrapped
+from lightning_compress.plan import PruningPlan
 from lightning_compress.report import (
     CompressionReport,
     Latency,
@@ -20,18 +22,10 @@ from lightning_compress.report import (
     file_size,
     measure_latency,
 )
+from lightning_compress.surgery import SurgeryReport, apply_plan
+from lightning_compress.surgery.transaction import Transaction
 
 LATENCY_SECONDS = 1.5  # for each of the two calls that are timed
-
-
-def check_single_process(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Raise ValueError if a strategy wraps the module: what wraps it has recorded the shapes of its parameters."""
-    if trainer.world_size > 1 or trainer.strategy.model is not pl_module:
-        raise ValueError(
-            f"Expected a Trainer of one process for FinalizeCompression, but got {type(trainer.strategy).__name__} "
-            f"with {trainer.world_size} process(es): a wrapped module cannot change its shapes during a fit. "
-            "Use Trainer(devices=1, strategy='auto') for the fit that compresses."
-        )
 
 
 def check_finite(session: CompressionSession, outputs: Any, step: int) -> None:
@@ -55,6 +49,32 @@ def check_finite(session: CompressionSession, outputs: Any, step: int) -> None:
                 f"Expected finite weights when units are removed, but {name!r} holds NaN or infinity after {step} "
                 "optimizer steps: training has diverged. Nothing was removed. Lower the learning rate or the strength."
             )
+
+
+def remove_units(
+    session: CompressionSession, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: PruningPlan
+) -> SurgeryReport:
+    """Apply ``plan`` to the traced module in every process, or in none.
+
+    Process 0 finds the ways of removal; the others follow them, and verify the result with their own example.
+    """
+    processes, traced, example = session.processes, session.traced, session.example
+    assert traced is not None and example is not None
+    own: list[SurgeryReport] = []
+
+    def removed(plan: PruningPlan) -> SurgeryReport:
+        verify = (example.args, example.kwargs)
+        own.append(apply_plan(traced, plan, optimizers=trainer.optimizers, verify=verify))
+        return own[0]
+
+    # surgery computes in float64 and on copies of the inputs: no autocast, no inference mode around it
+    with torch.autocast(pl_module.device.type, enabled=False), unwrapped(trainer, pl_module):
+        # what one process cannot do is undone in those that could
+        with Transaction(traced.modules(), trainer.optimizers):
+            found = processes.first(
+                "remove units", lambda: removed(plan).plan, pack=PruningPlan.to_json, unpack=PruningPlan.from_json
+            )
+            return processes.together("remove the same units", lambda: own[0] if own else removed(found))
 
 
 def make_report(

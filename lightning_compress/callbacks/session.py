@@ -18,6 +18,7 @@ from lightning_compress.budget import kept_fraction
 from lightning_compress.callbacks.checkpoint import before_load, structures_from_state, structures_state
 from lightning_compress.callbacks.example import ExampleCall, smallest_example, undisturbed
 from lightning_compress.callbacks.optimizer_steps import OptimizerSteps
+from lightning_compress.callbacks.processes import Processes
 from lightning_compress.plan import PruningPlan
 from lightning_compress.structures import KINDS, Structures, check_kinds
 
@@ -44,8 +45,8 @@ class CompressionSession:
     """Shared by `StructuredSparsity`, `FinalizeCompression` and `Distillation` during one fit of one LightningModule.
 
     It watches the first sanity-validation or training step to learn which module is called and with what, traces that
-    call, and keeps the structures up to date when units are removed. Everything here is a function of the module, its
-    weights and the first batch's shapes, so that all processes of a distributed fit decide alike.
+    call, and keeps the structures up to date when units are removed. In a distributed fit every process has an example
+    of its own; the structures are those of process 0.
 
     Attributes:
         traced: the module that is compressed; None until its first call has been seen.
@@ -58,6 +59,7 @@ class CompressionSession:
         plan: everything removed so far, in the coordinates of the original model; None before the first removal.
         version: number of removals so far; what was derived from ``structures`` is out of date when it changes.
         steps: real steps of the optimizers, and the learning rates they were taken with.
+        processes: the processes of the fit.
     """
 
     _sessions: ClassVar[WeakKeyDictionary[pl.LightningModule, CompressionSession]] = WeakKeyDictionary()
@@ -74,6 +76,7 @@ class CompressionSession:
         self.dense_state: dict[str, Any] | None = None
         self.version = 0
         self.steps = OptimizerSteps()
+        self.processes = Processes()
         self.sparsities: list[StructuredSparsity] = []
         self.finalizer: FinalizeCompression | None = None
         self.before_removal: list[Callable[[], None]] = []
@@ -200,20 +203,43 @@ class CompressionSession:
         """
         if self.structures is not None and self.example is not None:
             return True
-        if not self.resolve(pl_module):
+        if not self._resolved_everywhere(pl_module):
             return False
-        assert self.traced is not None and self.batch is not None
+        traced, batch, processes = self.traced, self.batch, self.processes
+        assert traced is not None and batch is not None
         # weights are traced as they are stored: autocast would hide them behind casts
         with torch.inference_mode(False), torch.autocast(pl_module.device.type, enabled=False):
-            self.example = smallest_example(self.traced, self.batch)
+            example = processes.together("call the module that is traced", lambda: smallest_example(traced, batch))
+            self.example = example
             if self.structures is not None:
                 return True  # known from a checkpoint
-            with undisturbed(self.traced):
-                structures = discover(self.traced, self.example.args, self.example.kwargs, kinds=self.kinds, prove=True)
+            self.structures = self.dense = processes.first(
+                "discover structures",
+                lambda: self._discovered(traced, example, pl_module),
+                pack=lambda structures: structures_state(traced, structures),
+                unpack=structures_from_state,
+            )
+        self.dense_state = structures_state(traced, self.dense)
+        return True
+
+    def _discovered(self, traced: nn.Module, example: ExampleCall, pl_module: pl.LightningModule) -> Structures:
+        with undisturbed(traced):
+            structures = discover(traced, example.args, example.kwargs, kinds=self.kinds, prove=True)
         if not len(structures):
             raise ValueError(self._nothing_prunable(structures, pl_module))
-        self.structures = self.dense = structures
-        self.dense_state = structures_state(self.traced, structures)
+        return structures
+
+    def _resolved_everywhere(self, pl_module: pl.LightningModule) -> bool:
+        """Whether all processes know which module is traced, and an example of its call."""
+        own = self.traced_name if self.resolve(pl_module) else None
+        names = self.processes.gather("see which module is called", own)
+        if None in names:
+            return False
+        if len(set(names)) > 1:
+            raise ValueError(
+                f"Expected all processes to trace one sub-module of {type(pl_module).__name__}, but by their first "
+                f"steps it is {names}, process by process. Name it: module={names[0]!r}."
+            )
         return True
 
     # Checkpoints

@@ -202,10 +202,15 @@ class Sparsifier:
             done = min(1.0, max(0.0, (position - self.start) / (1 - self.start)))
             target = ramp(done, begin_value=1.0, end_value=finalizer.fraction, shape=settings.schedule)
             options = finalizer.options(max(target, finalizer.fraction))
-            self._protect(select(session.structures, self._observed_scores(), **options))
+            structures = session.structures
+            self._protect(
+                session.processes.agreed(
+                    "ask the budget", lambda: select(structures, self._observed_scores(), **options)
+                )
+            )
             if settings.automatic:
-                steps = self._steps_left(position, finalizer.next_position(self.start))
-                self.strength = self._shrinkage.strength(steps)
+                steps, shrinkage = self._steps_left(position, finalizer.next_position(self.start)), self._shrinkage
+                self.strength = session.processes.agreed("set the strength", lambda: shrinkage.strength(steps))
             if not settings.trimmed:
                 self._protect({s.name: torch.zeros(s.units, dtype=torch.bool) for s in session.structures})
         if isinstance(self._shrinkage, CoupledShrinkage) and settings.mode == "proximal":
@@ -227,7 +232,7 @@ class Sparsifier:
 
     def _bury(self, shrinkage: CoupledShrinkage, optimizers: Iterable[Optimizer]) -> None:
         """Forget the momentum of units that are zero, or it would bring them back."""
-        self.dead = shrinkage.dead()
+        self.dead = self.session.processes.agreed("see which units are zero", shrinkage.dead)
         flat = torch.cat([self.dead[s.name] for s in shrinkage.structures])
         if not bool(flat.any()):
             return

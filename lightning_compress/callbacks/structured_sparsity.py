@@ -14,9 +14,11 @@ from torch.optim import Optimizer
 
 from lightning_compress.callbacks.groups import Groups
 from lightning_compress.callbacks.moments import FitLength, Moment
+from lightning_compress.callbacks.processes import Processes
 from lightning_compress.callbacks.session import CompressionSession, log_progress
 from lightning_compress.callbacks.sparsifier import Sparsifier
 from lightning_compress.callbacks.sparsity_settings import SparsitySettings, check_count
+from lightning_compress.callbacks.strategies import check_strategy
 from lightning_compress.importance import Importance
 from lightning_compress.schedules import Shape
 
@@ -163,6 +165,8 @@ class StructuredSparsity(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the budget and the time for it exist, before anything is trained."""
         session = self._joined()
+        check_strategy(trainer, pl_module, "StructuredSparsity", removes=False)
+        session.processes = Processes.of(trainer)
         session.watch(pl_module)
         self._length = FitLength.of(trainer)
         finalizer = session.finalizer
@@ -174,7 +178,8 @@ class StructuredSparsity(Callback):
             )
         self._moment = Moment(at=1.0) if finalizer is None else finalizer.moment
         if finalizer is None or not finalizer.skipped:
-            self._moment.check(self._length, "StructuredSparsity" if finalizer is None else "FinalizeCompression")
+            owner = "StructuredSparsity" if finalizer is None else "FinalizeCompression"
+            self._moment.check(self._length, owner, session.processes.count)
         self._start = self._moment.position_of_fraction(self.start, self._length)
         if math.isnan(self._start):
             raise ValueError(

@@ -2,7 +2,6 @@
 
 import math
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,7 +19,6 @@ from lightning_compress import (
     discover,
     kept_fraction,
 )
-from lightning_compress.callbacks.removal import check_single_process
 from tests.callbacks.modules import MLP, Classifier, Transformer, fit, loader
 
 
@@ -365,16 +363,6 @@ def test_bad_fits_are_refused_at_their_start(
         fit(module, *callbacks, **options)
     assert len(module.losses) <= 1
     assert count_parameters(module) == size
-
-
-@pytest.mark.parametrize(("processes", "wrapped"), [(2, False), (1, True)])
-def test_a_wrapped_module_is_refused(processes: int, wrapped: bool) -> None:
-    module = Classifier()
-    strategy = SimpleNamespace(model=nn.Sequential(module) if wrapped else module)
-    with pytest.raises(
-        ValueError, match=r"Expected a Trainer of one process .* but got SimpleNamespace with [12] process"
-    ):
-        check_single_process(SimpleNamespace(world_size=processes, strategy=strategy), module)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("distil", [False, True])
