@@ -42,6 +42,7 @@ class PruningPlan:
     structures: tuple[Structure, ...]
     kept: Mapping[str, tuple[int, ...]]
     shapes: Mapping[str, tuple[int, ...]]
+    verified: bool = False
 
     def __post_init__(self) -> None:
         # the record is frozen: its containers are its own copies
@@ -287,7 +288,8 @@ class PruningPlan:
                         f"{piece.parameter!r} in the later plan as after this one, but they own others."
                     )
             kept[name] = tuple(self.kept[name][u] for u in later.kept[name])
-        return PruningPlan(tuple(structures), kept, {**later.shapes, **self.shapes})
+        both = self.verified and later.verified
+        return PruningPlan(tuple(structures), kept, {**later.shapes, **self.shapes}, both)
 
     def _lifted(self, structure: Structure) -> Structure:
         """A structure of the smaller model in the coordinates of this plan."""
@@ -305,14 +307,14 @@ class PruningPlan:
 
     def to_json(self) -> str:
         """The plan as JSON text; ``from_json`` reads it back."""
-        return plan_format.dumps(self.structures, self.kept, self.shapes)
+        return plan_format.dumps(self.structures, self.kept, self.shapes, self.verified)
 
     @classmethod
     def from_json(cls, text: str) -> PruningPlan:
         """The plan out of JSON text; raises ValueError with the key path of what is malformed."""
-        structures, kept, shapes = plan_format.loads(text)
+        structures, kept, shapes, verified = plan_format.loads(text)
         try:
-            return cls(structures, kept, shapes)
+            return cls(structures, kept, shapes, verified)
         except ValueError as error:
             raise ValueError(f"Malformed pruning plan: {error}") from None
 

@@ -1,6 +1,6 @@
 """The JSON form of a pruning plan: what is written, and a reader that trusts nothing.
 
-    {"format": "lightning_compress.plan", "version": 2,
+    {"format": "lightning_compress.plan", "version": 2, "verified": true,
      "shapes": {"up.weight": [64, 16], ...},
      "structures": [{"name": ..., "kind": ..., "units": ..., "tier": ..., "kept": [[0, 40], 43, [50, 64, 2]],
                      "sizes": [...], "slices": [...], "edits": [...], "floor": 1, "norms": [], "members": []}, ...]}
@@ -132,28 +132,38 @@ def encode_structure(structure: Structure, kept: Sequence[int]) -> dict[str, Any
 
 
 def dumps(
-    structures: Iterable[Structure], kept: Mapping[str, Sequence[int]], shapes: Mapping[str, Sequence[int]]
+    structures: Iterable[Structure],
+    kept: Mapping[str, Sequence[int]],
+    shapes: Mapping[str, Sequence[int]],
+    verified: bool = False,
 ) -> str:
     """The plan as JSON text, one structure per line."""
     lines = ",\n".join(json.dumps(encode_structure(s, kept[s.name]), separators=(",", ":")) for s in structures)
     header = json.dumps({name: list(shape) for name, shape in shapes.items()}, separators=(",", ":"))
-    return f'{{"format":"{NAME}","version":{VERSION},\n"shapes":{header},\n"structures":[\n{lines}\n]}}\n'
+    start = f'"format":"{NAME}","version":{VERSION},"verified":{json.dumps(verified)}'
+    return f'{{{start},\n"shapes":{header},\n"structures":[\n{lines}\n]}}\n'
 
 
 # The reader. Every function takes the key path of its value, so that an error says where: "structures[2].kept[0]".
 
 
-def loads(text: str) -> tuple[tuple[Structure, ...], dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Structures, kept units and shapes out of JSON text; raises ValueError with the key path of what is wrong."""
+def loads(text: str) -> tuple[tuple[Structure, ...], dict[str, tuple[int, ...]], dict[str, tuple[int, ...]], bool]:
+    """Structures, kept units, shapes and whether that was verified, out of JSON text.
+
+    Raises:
+        ValueError: with the key path of what is wrong.
+    """
     try:
         data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"Expected a pruning plan as JSON, but it cannot be parsed: {error}.") from None
-    data = _object(data, "plan", {"format", "version", "shapes", "structures"})
+    data = _object(data, "plan", {"format", "version", "verified", "shapes", "structures"})
     if data["format"] != NAME:
         _refuse("format", repr(NAME), data["format"])
     if data["version"] != VERSION or isinstance(data["version"], bool):
         _refuse("version", f"{VERSION} (newer plans need a newer lightning_compress)", data["version"])
+    if not isinstance(data["verified"], bool):
+        _refuse("verified", "true or false", data["verified"])
     if not isinstance(data["shapes"], dict):
         _refuse("shapes", "an object from parameter name to shape", data["shapes"])
     shapes = {name: _shape(shape, f"shapes[{name!r}]") for name, shape in data["shapes"].items()}
@@ -166,7 +176,7 @@ def loads(text: str) -> tuple[tuple[Structure, ...], dict[str, tuple[int, ...]],
             _refuse(f"{path}.name", "a name that no other structure has", structure.name)
         structures.append(structure)
         kept[structure.name] = units
-    return tuple(structures), kept, shapes
+    return tuple(structures), kept, shapes, data["verified"]
 
 
 def _refuse(path: str, expected: str, got: object) -> NoReturn:

@@ -491,6 +491,7 @@ EDITS = (*STRUCTURE, "edits")
     [
         (at("format")("pickle"), r"format to be 'lightning_compress\.plan', but got 'pickle'"),
         (at("version")(3), r"version to be 2 \(newer plans .*but got 3"),
+        (at("verified")(1), "verified to be true or false, but got 1"),
         (at("version")(True), "version to be 2 .*but got True"),
         (at("surprise")(1), r"plan to have the keys .*\[\] are missing and \['surprise'\] are unknown"),
         (at("shapes")([]), "shapes to be an object from parameter name to shape"),

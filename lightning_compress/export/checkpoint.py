@@ -86,9 +86,10 @@ def apply_plan_to_checkpoint(
         apply_plan(model, PruningPlan.load(out_dir / "pruning_plan.json"))
         model.load_state_dict(weights of out_dir)
 
-    For this the plan must carry the tiers, that is, come out of a report of ``apply_plan`` or from proven structures. A
-    structure without one is cut as "native", in all of its slices. Where ``apply_plan`` would later find that a part of
-    them has to stay whole, the shapes disagree on loading, so this cannot go unnoticed.
+    For this the plan must come out of a report of ``apply_plan``, or carry the tiers of proven structures and be
+    applied with ``unverified=True``. A structure without one is cut as "native", in all of its slices. Where
+    ``apply_plan`` would later find that a part of them has to stay whole, the shapes disagree on loading, so this
+    cannot go unnoticed.
 
     The folder appears whole or not at all. A folder that was made by an earlier plan is cut again, and the saved plan
     is that of both.

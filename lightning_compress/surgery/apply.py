@@ -95,6 +95,7 @@ def apply_plan(
     verify: Example | None = None,
     *,
     tolerance: float = TOLERANCE,
+    unverified: bool = False,
 ) -> SurgeryReport:
     """Remove the units that ``plan`` does not keep, in place, or raise and leave everything as it was.
 
@@ -110,10 +111,12 @@ def apply_plan(
         model: the plain model, on any device, in any mode and precision.
         plan: what stays; see ``PruningPlan``.
         optimizers: every optimizer that holds parameters of the model.
-        verify: ``(args, kwargs)`` of an example call of ``model``. None is allowed if every structure of the plan
-            carries its tier, as in the plan of an earlier report or after ``prove``: the edits are then replayed
-            without a check, also on a model on the meta device.
+        verify: ``(args, kwargs)`` of an example call of ``model``. None is allowed for a plan that was verified, one
+        out
+            of a report: its edits are then replayed without a check, also on a model on the meta device.
         tolerance: largest error that counts as equal.
+        unverified: replay also a plan that was never verified, if every structure of it carries its tier, as after
+            ``prove``. A proof removes some units, and what is right for their number may be wrong for another.
 
     Returns:
         What was done; its plan replays without a search.
@@ -135,6 +138,13 @@ def apply_plan(
         raise SurgeryError(
             f"Expected verify=(args, kwargs), an example call of the model, because no way to remove {unproven[0]!r} "
             f"is known yet ({len(unproven)} structures like it), but got None."
+        )
+    if verify is None and removals and not (plan.verified or unverified):
+        raise SurgeryError(
+            "Expected verify=(args, kwargs), an example call of the model, because this removal was never compared "
+            "with "
+            "the zeroed model: a way that is right for some kept counts may be wrong for others. A plan out of a "
+            "SurgeryReport needs none; unverified=True does without, at your own risk."
         )
     if verify is not None:
         check_values(model, "verification")
@@ -179,7 +189,8 @@ def apply_plan(
                 )
 
     ways = {r.structure.name: r.structure for r in removals}
-    done = replace(plan, structures=tuple(ways.get(s.name, s) for s in plan.structures))
+    checked = plan.verified or (verify is not None and bool(removals))
+    done = replace(plan, structures=tuple(ways.get(s.name, s) for s in plan.structures), verified=checked)
     if removals:
         remember(model, done, config)
     return SurgeryReport(

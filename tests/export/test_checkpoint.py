@@ -103,12 +103,12 @@ def test_files_become_what_the_model_becomes(name: str, shards: int, tmp_path: P
     dense = write(tmp_path / "dense", state_of(model), shards)
     unsaved = sorted(set(plan.shapes) - set(model.state_dict()))  # rotary frequencies
     report = apply_plan_to_checkpoint(plan, dense, tmp_path / "small", missing=unsaved)
-    apply_plan(model, plan)
+    apply_plan(model, plan, unverified=True)
     assert_equal(read(tmp_path / "small"), state_of(model))
     assert report.elements_after == sum(t.numel() for t in state_of(model).values()) < report.elements_before
 
     fresh = example.model(seed=1)
-    apply_plan(fresh, PruningPlan.load(tmp_path / "small" / "pruning_plan.json"))
+    apply_plan(fresh, PruningPlan.load(tmp_path / "small" / "pruning_plan.json"), unverified=True)
     state = fresh.state_dict()
     shared = {n: t for n, t in state.items() if n not in state_of(fresh)}
     fresh.load_state_dict({**shared, **read(tmp_path / "small")})
@@ -126,7 +126,7 @@ def test_residual_width_and_vocabulary_are_slices_too(name: str, kind: str, tmp_
     plan = PruningPlan.of(model, structures, {s.name: range(0, s.units, 2) for s in structures})
     dense = write(tmp_path / "dense", state_of(model), 3)
     apply_plan_to_checkpoint(plan, dense, tmp_path / "small")
-    apply_plan(model, plan)
+    apply_plan(model, plan, unverified=True)
     assert_equal(read(tmp_path / "small"), state_of(model))
 
 
@@ -249,15 +249,15 @@ def test_a_small_checkpoint_is_cut_again(tmp_path: Path) -> None:
     write(tmp_path / "dense", model.state_dict())
     first = plan_of(model)
     apply_plan_to_checkpoint(first, tmp_path / "dense", tmp_path / "small")
-    apply_plan(model, first)
+    apply_plan(model, first, unverified=True)
     second = plan_of(model)
     apply_plan_to_checkpoint(second, tmp_path / "small", tmp_path / "smaller")
-    apply_plan(model, second)
+    apply_plan(model, second, unverified=True)
     assert_equal(read(tmp_path / "smaller"), model.state_dict())
     both = PruningPlan.load(tmp_path / "smaller" / "pruning_plan.json")
     assert both.kept == first.compose(second).kept
     fresh = mlp()
-    apply_plan(fresh, both)
+    apply_plan(fresh, both, unverified=True)
     fresh.load_state_dict(read(tmp_path / "smaller"))
 
 
@@ -277,7 +277,7 @@ def test_shared_tensors_saved_twice_are_cut_alike(tmp_path: Path) -> None:
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     dense = write(tmp_path / "dense", state)
     apply_plan_to_checkpoint(plan, dense, tmp_path / "small", rename={"again.weight": "up.weight"})
-    apply_plan(model, plan)
+    apply_plan(model, plan, unverified=True)
     assert_equal(read(tmp_path / "small"), model.state_dict())
 
 
@@ -306,7 +306,7 @@ def test_prefixes_are_named_and_never_guessed(
     with pytest.raises(ValueError, match=rf"to have 'body.0.weight', which the plan cuts.*3 of 3 are mis.*{advice}"):
         apply_plan_to_checkpoint(plan, dense, tmp_path / "small")
     apply_plan_to_checkpoint(plan, dense, tmp_path / "small", rename=rename)
-    apply_plan(model, plan)
+    apply_plan(model, plan, unverified=True)
     assert_equal(read(tmp_path / "small"), {stored(name): tensor for name, tensor in model.state_dict().items()})
     scores = checkpoint_scores(plan.structures, dense, rename=rename)
     assert scores.keys() == plan.kept.keys()
