@@ -64,6 +64,8 @@ def _start(task: bytes, rank: int, count: int, port: int, end: Any) -> None:
     os.environ.update(
         LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", NODE_RANK="0"
     )
+    global COUNT
+    COUNT = count
     torch.set_num_threads(1)
     try:
         result = pickle.loads(task)()
@@ -80,12 +82,20 @@ def _start(task: bytes, rank: int, count: int, port: int, end: Any) -> None:
     os._exit(0)
 
 
+COUNT = 1
+
+
+def processes() -> int:
+    """Number of processes."""
+    return COUNT
+
+
 def rank() -> int:
     """Number of this process."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def parallel(seconds: float = 60.0, **options: Any) -> dict[str, Any]:
-    """Options of a Trainer for two processes."""
+    """Options of a Trainer for these processes."""
     strategy = DDPStrategy(timeout=timedelta(seconds=seconds), process_group_backend="gloo", **options)
-    return {"strategy": strategy, "devices": 2}
+    return {"strategy": strategy, "devices": processes()}

@@ -30,15 +30,14 @@ from lightning_compress.callbacks.processes import Processes
 from lightning_compress.callbacks.strategies import check_strategy, renew_gradient_nodes
 from lightning_compress.report import count_parameters
 from tests.callbacks.modules import MLP, Classifier, Transformer, loader, trainer
-from tests.callbacks.processes import in_processes, parallel, rank
+from tests.callbacks.processes import in_processes, parallel, processes, rank
 from tests.callbacks.test_latency_target import Clock
 
 
 def shared(sequences: bool = True) -> DataLoader[Any]:
     """Batches of which every process takes its part: together they are those of one process, in its order."""
     data = TensorDataset(*(t.double() if t.is_floating_point() else t for t in loader(sequences).dataset.tensors))
-    count = 2 if "LOCAL_RANK" in os.environ else 1
-    return DataLoader(data, 8 // count, sampler=range(rank(), len(data), count))
+    return DataLoader(data, 8 // processes(), sampler=range(rank(), len(data), processes()))
 
 
 @dataclass
@@ -103,6 +102,20 @@ class Manual(Classifier):
         optimizer.step()
 
 
+class Itself(Classifier):
+    """Is called as a whole, in steps that the strategy sends through the same forward."""
+
+    def __init__(self) -> None:
+        super().__init__(Transformer(ffn=24), lr=5e-3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
 class KeepsItsLoss(Classifier):
     """Holds on to the graph of the last step."""
 
@@ -146,8 +159,9 @@ def assert_close(one: Any, other: Any, tolerance: float) -> None:
         {"ddp": {"find_unused_parameters": True}},
         {"ddp": {"static_graph": True, "gradient_as_bucket_view": True}, "removing": {"rounds": 2}},
         {"module": Manual, "ddp": {"static_graph": True}},
+        {"module": Itself, "distil": True},
     ],
-    ids=["rounds", "accumulation", "unused", "static", "manual"],
+    ids=["rounds", "accumulation", "unused", "static", "manual", "itself"],
 )
 def test_two_processes_do_what_one_does_with_the_same_batches(options: dict[str, Any]) -> None:
     first, second = in_processes(compress, **{"ddp": {}, **options})
@@ -155,6 +169,11 @@ def test_two_processes_do_what_one_does_with_the_same_batches(options: dict[str,
     assert_close(first, compress(**{**options, "ddp": None}), 1e-8)
     assert first.error <= 1e-10
     assert sum(p.numel() for p in first.weights.values()) < 0.8 * count_parameters(usual())
+
+
+def test_one_wrapped_process_does_what_one_without_a_wrapper_does() -> None:
+    (wrapped,) = in_processes(compress, ddp={}, count=1)
+    assert_close(wrapped, compress(), 1e-12)
 
 
 def holding_on() -> Outcome:
@@ -196,6 +215,20 @@ class Ragged(IterableDataset[Any]):
 
 def ragged() -> DataLoader[Any]:
     return DataLoader(Ragged(), batch_size=None)
+
+
+def with_statistics() -> Outcome:
+    def make() -> Classifier:
+        model = nn.Sequential(nn.Linear(5, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 3))
+        return Classifier(model, lr=1e-2).double()
+
+    return compress(ddp={}, module=make, data=lambda: shared(False), removing={"rounds": 2})
+
+
+def test_running_statistics_that_differ_between_processes_are_cut_too() -> None:
+    first, second = in_processes(with_statistics)
+    assert_close(first, second, 0.0)
+    assert first.weights["model.1.weight"].numel() < 24
 
 
 def test_batches_may_differ_in_size_and_length() -> None:
@@ -373,15 +406,17 @@ def longer() -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.randn(32 + 8 * rank(), 4, 5).double(), torch.zeros(32 + 8 * rank())), 4)
 
 
-def out_of_step(what: str) -> str:
-    processes = Processes(rank(), 2)
+def out_of_step() -> list[str]:
     fitting = trainer(**parallel(seconds=10))
     fitting.strategy.setup_environment()
-    try:
-        processes.gather("measure" if rank() else "remove", 1)
-    except RuntimeError as error:
-        return str(error)
-    return what
+    group, errors = Processes(rank(), 2), []
+    assert group.first("lead", lambda: 1 / (1 - rank()), pack=str, unpack=float) == 1.0
+    for what, compute in (("lead", lambda: 1 / rank()), ("lead" if rank() else "follow", lambda: None)):
+        try:
+            group.first(what, compute)
+        except (RuntimeError, ZeroDivisionError) as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    return errors
 
 
 def test_processes_that_differ_are_told_so() -> None:
@@ -390,8 +425,10 @@ def test_processes_that_differ_are_told_so() -> None:
         assert "['model', 'other'], process by process. Name it: module='model'" in str(found)
     for found in in_processes(compress, ddp={"seconds": 20.0}, data=longer):
         assert "the same number of training batches, but they have [8.0, 10.0]" in str(found)
-    for found in in_processes(out_of_step, "in step"):
-        assert "process 0 was about to remove, process 1 was about to measure" in found
+    first, second = in_processes(out_of_step)
+    assert first[0] == "ZeroDivisionError: division by zero"
+    assert "all 2 processes to lead, but process 0 failed" in second[0] and "There it was ZeroDiv" in second[0]
+    assert "process 0 was about to follow, process 1 was about to lead" in first[1] == second[1]
 
 
 # What is refused
@@ -456,6 +493,36 @@ def test_epochs_of_unknown_length_need_not_end_together() -> None:
     inf = float("inf")
     with pytest.raises(ValueError, match=r"in a fit of 2 processes to have a loader of known length.*at_step=\.\.\."):
         Moment(at_epoch=2).check(FitLength(inf, inf, 0, 5, inf, inf), "FinalizeCompression", processes=2)
+
+
+class Sharded(Classifier):
+    """Shards its model, as ModelParallelStrategy asks for."""
+
+    def __init__(self) -> None:
+        super().__init__(Transformer(ffn=24))
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        assert self.device_mesh is not None
+        fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+
+def sharded(callbacks: list[pl.Callback]) -> str:
+    fitting = trainer(*callbacks, strategy=ModelParallelStrategy(process_group_backend="gloo"), devices=2)
+    try:
+        fitting.fit(Sharded(), loader(sequences=True))
+    except ValueError as error:
+        return f"{fitting.global_step}: {error}"
+    return "went on"
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_sharded_module_is_refused_before_the_first_step(alone: bool) -> None:
+    callbacks = [StructuredSparsity(strength=1.0)] if alone else [FinalizeCompression(macs=0.4)]
+    for found in in_processes(sharded, callbacks):
+        assert "0: Expected a strategy that keeps whole parameters in every process" in str(found)
+        assert "got ModelParallelStrategy" in found and "apply_plan_to_checkpoint" in found
 
 
 # Lightning's own launcher
