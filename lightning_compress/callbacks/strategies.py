@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 # class name of a strategy -> what to do instead; by name because some of them cannot be imported everywhere
@@ -120,10 +120,11 @@ def renew_gradient_nodes(module: nn.Module) -> None:
     """
     for parameter in module.parameters():
         data = parameter.data
+        if not parameter.requires_grad or type(data) is not Tensor or data.layout != torch.strided:
+            continue  # no node, or nothing that surgery cuts
+        # the node is forgotten where data of another type is put into the parameter
         other = torch.float32 if data.dtype != torch.float32 else torch.float64
-        if data.is_floating_point():
-            # the node is forgotten where data of another type is put into the parameter
-            gradient, parameter.grad = parameter.grad, None
-            parameter.data = torch.empty(0, dtype=other, device=data.device)
-            parameter.data = data
-            parameter.grad = gradient
+        gradient, parameter.grad = parameter.grad, None
+        parameter.data = torch.empty(0, dtype=other, device=data.device)
+        parameter.data = data
+        parameter.grad = gradient
