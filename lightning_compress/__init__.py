@@ -11,7 +11,14 @@ from lightning_compress.budget import BudgetWarning, kept_fraction, make_plan, s
 from lightning_compress.costs import UnitCost, at_lengths, unit_costs
 from lightning_compress.distillation_losses import logits_kl, output_mse
 from lightning_compress.explanation import Explanation
-from lightning_compress.export import CheckpointReport, apply_plan_to_checkpoint, checkpoint_scores
+from lightning_compress.export import (
+    CheckpointReport,
+    ExportError,
+    ExportResult,
+    apply_plan_to_checkpoint,
+    checkpoint_scores,
+    export_model,
+)
 from lightning_compress.importance import TaylorAccumulator, unit_norms, unit_scores
 from lightning_compress.latency import LatencyTable, measure_latency_table
 from lightning_compress.plan import PruningPlan
@@ -47,6 +54,8 @@ __all__ = [
     "CompressionReport",
     "Distillation",
     "Explanation",
+    "ExportError",
+    "ExportResult",
     "FinalizeCompression",
     "LatencyTable",
     "Polynomial",
@@ -68,6 +77,7 @@ __all__ = [
     "count_parameters",
     "discover",
     "explain",
+    "export_model",
     "file_size",
     "group_lasso",
     "group_lasso_factors",

@@ -25,7 +25,21 @@ LAYERS = (  # from low to high: a module imports from its own layer and from tho
     {"callbacks"},
 )
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
-EXTRAS = {"datasets", "jsonargparse", "matplotlib", "rich", "sklearn", "tokenizers", "transformers", "wandb"}
+EXTRAS = {
+    "datasets",
+    "jsonargparse",
+    "matplotlib",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "onnxscript",
+    "openvino",
+    "rich",
+    "sklearn",
+    "tokenizers",
+    "transformers",
+    "wandb",
+}
 
 
 def imports(node: ast.AST, package: list[str], lazy: bool = False) -> Iterator[tuple[str, bool]]:
