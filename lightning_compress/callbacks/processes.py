@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Value = TypeVar("Value")
 
@@ -137,3 +140,31 @@ class Processes:
                 f"one: it has ended, or did not arrive within the timeout of the process group. Look at what the "
                 f"other processes have printed last. Here it was {type(error).__name__}: {str(error).splitlines()[0]}"
             ) from error
+
+
+class _Communication(Exception):
+    """A module is about to communicate."""
+
+
+class _Silence(TorchDispatchMode):
+    """Raises before anything is sent to another process."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in func.namespace:
+            raise _Communication(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def check_silent(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError if a call of ``module`` communicates: process 0, which calls it alone, would wait for ever."""
+    try:
+        with torch.no_grad(), _Silence():
+            module(*args, **kwargs)
+    except _Communication as communication:
+        raise ValueError(
+            f"Expected a module that computes without the other processes, because process 0 calls it alone to "
+            f"discover its structures, but {type(module).__name__} calls {communication}. Communicate in the step "
+            "instead, or name a sub-module that does not: module=..."
+        ) from None
+    except Exception:  # whatever else the user's forward raises is for those who need its outputs
+        return

@@ -18,7 +18,7 @@ from lightning_compress.budget import kept_fraction
 from lightning_compress.callbacks.checkpoint import before_load, structures_from_state, structures_state
 from lightning_compress.callbacks.example import ExampleCall, smallest_example, undisturbed
 from lightning_compress.callbacks.optimizer_steps import OptimizerSteps
-from lightning_compress.callbacks.processes import Processes
+from lightning_compress.callbacks.processes import Processes, check_silent
 from lightning_compress.plan import PruningPlan
 from lightning_compress.structures import KINDS, Structures, check_kinds
 
@@ -209,7 +209,7 @@ class CompressionSession:
         assert traced is not None and batch is not None
         # weights are traced as they are stored: autocast would hide them behind casts
         with torch.inference_mode(False), torch.autocast(pl_module.device.type, enabled=False):
-            example = processes.together("call the module that is traced", lambda: smallest_example(traced, batch))
+            example = processes.together("call the module that is traced", lambda: self._narrowed(traced, batch))
             self.example = example
             if self.structures is not None:
                 return True  # known from a checkpoint
@@ -221,6 +221,12 @@ class CompressionSession:
             )
         self.dense_state = structures_state(traced, self.dense)
         return True
+
+    def _narrowed(self, traced: nn.Module, batch: ExampleCall) -> ExampleCall:
+        if self.processes.count > 1:
+            with undisturbed(traced):
+                check_silent(traced, batch.args, batch.kwargs)
+        return smallest_example(traced, batch)
 
     def _discovered(self, traced: nn.Module, example: ExampleCall, pl_module: pl.LightningModule) -> Structures:
         with undisturbed(traced):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,6 +223,35 @@ def ragged() -> DataLoader[Any]:
     return DataLoader(Ragged(), batch_size=None)
 
 
+def without_layers(fails: bool) -> tuple[int, int, dict[str, Tensor]]:
+    """Whole layers go: the number of blocks and of optimized parameters after the fit, and the weights."""
+    torch.manual_seed(0)
+    module = Classifier(Transformer(ffn=24, blocks=3), lr=5e-3).double()
+    finalize = FinalizeCompression(macs=0.334, at=0.5, kinds=("layer",), report=False)
+    fitting = trainer(finalize, **parallel(), use_distributed_sampler=False, max_epochs=2)
+    original = removal.apply_plan
+
+    def apply_plan(*args: Any, **kwargs: Any) -> Any:
+        done = original(*args, **kwargs)
+        if fails and rank() == 1:
+            raise ValueError("not with this example")
+        return done
+
+    removal.apply_plan = apply_plan
+    with pytest.raises((RuntimeError, ValueError), match="not with this example") if fails else nullcontext():
+        fitting.fit(module, shared())
+    groups = module.optimizers(use_pl_optimizer=False).param_groups
+    weights = {n: p.detach().clone() for n, p in module.named_parameters()}
+    return len(module.model.blocks), sum(len(g["params"]) for g in groups), weights
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_whole_layers_go_everywhere_or_nowhere(fails: bool) -> None:
+    first, second = in_processes(without_layers, fails)
+    assert first[:2] == second[:2] == ((3, 3 * 16 + 4) if fails else (1, 16 + 4))
+    assert all(torch.equal(weight, second[2][name]) for name, weight in first[2].items())
+
+
 def with_statistics() -> Outcome:
     def make() -> Classifier:
         model = nn.Sequential(nn.Linear(5, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 3))
@@ -407,8 +437,22 @@ class Two(Classifier):
         return F.cross_entropy(called(batch[0]), batch[1]) + 0 * sum(p.sum() for p in rest.parameters())
 
 
+class Gathers(Transformer):
+    """Centers its outputs over all processes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        mean = y.detach().mean(0)
+        torch.distributed.all_reduce(mean)
+        return y - mean / 2
+
+
 def longer() -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.randn(32 + 8 * rank(), 4, 5).double(), torch.zeros(32 + 8 * rank())), 4)
+
+
+def communicating() -> Classifier:
+    return Classifier(Gathers(ffn=24)).double()
 
 
 def out_of_step() -> list[str]:
@@ -428,6 +472,8 @@ def test_processes_that_differ_are_told_so() -> None:
     for found in in_processes(compress, ddp={"seconds": 20.0}, module=Two):
         assert "Expected all processes to trace one sub-module of Two" in str(found)
         assert "['model', 'other'], process by process. Name it: module='model'" in str(found)
+    for found in in_processes(compress, ddp={"seconds": 20.0}, module=communicating):
+        assert "process 0 calls it alone to discover its structures, but Gathers calls c10d.allreduce_" in str(found)
     for found in in_processes(compress, ddp={"seconds": 20.0}, data=longer):
         assert "the same number of training batches, but they have [8.0, 10.0]" in str(found)
     first, second = in_processes(out_of_step)
