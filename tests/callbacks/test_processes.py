@@ -468,6 +468,7 @@ def out_of_step() -> list[str]:
     return errors
 
 
+@pytest.mark.slow  # four fits of two processes
 def test_processes_that_differ_are_told_so() -> None:
     for found in in_processes(compress, ddp={"seconds": 20.0}, module=Two):
         assert "Expected all processes to trace one sub-module of Two" in str(found)
