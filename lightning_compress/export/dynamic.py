@@ -26,7 +26,8 @@ def derive(call: Call) -> Groups:
     batch = next((shape[0] for shape in shapes if shape), None)
     groups: Groups = {}
     if batch is not None:
-        groups["batch"] = tuple((n, 0) for n, shape in enumerate(shapes) if shape and shape[0] == batch)
+        # at dim 1 where another layout puts it, as of a mask (batch, length) beside an input (length, batch, width)
+        groups["batch"] = tuple((n, s[:2].index(batch)) for n, s in enumerate(shapes) if batch in s[:2])
     rest = [(n, d) for n, s in enumerate(shapes) for d in range(len(s)) if (n, d) not in groups.get("batch", ())]
     small = {shapes[n][d] for n, d in rest if len(shapes[n]) <= 3}
     by_size: dict[int, list[tuple[int, int]]] = {}

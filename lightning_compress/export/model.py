@@ -151,7 +151,13 @@ def export_model(
             os.replace(work / name, target.parent / name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    for note in traced.notes:
+    notes = list(traced.notes)
+    if traced.groups and len(set(tried)) < 2:
+        notes.append(
+            f"no other sizes of {list(traced.groups)} were tried, because the model refused each of them. If sizes "
+            "belong together, say so by dynamic={input: {dimension: name}}."
+        )
+    for note in notes:
         warnings.warn(f"{target.name}: {note}", stacklevel=2)
     return ExportResult(
         path=target,

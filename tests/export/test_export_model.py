@@ -165,6 +165,34 @@ def test_an_example_of_one_still_gives_a_free_batch(tmp_path: Path) -> None:
     assert set(result.dynamic) == {"batch"} and (5, 4) in {shapes[0] for shapes in result.tried}
 
 
+class LengthFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return self.attention(x, x, x, key_padding_mask=hidden)[0]
+
+
+def test_a_layout_with_the_length_first(tmp_path: Path) -> None:
+    hidden = torch.tensor([[False] * 5, [False, False, False, True, True]])
+    result = exported(LengthFirst(), tmp_path, "torch_export", torch.randn(5, 2, 8), hidden)
+    assert sorted(map(sorted, result.dynamic.values())) == [[("hidden", 0), ("x", 1)], [("hidden", 1), ("x", 0)]]
+    assert len(set(result.tried)) >= 4
+
+
+class Even(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and x.shape[0] != 2:
+            raise ValueError("two only")
+        return x + 1
+
+
+def test_sizes_that_could_not_be_tried_are_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"no other sizes of \['batch'\] were tried, because the model refused"):
+        exported(Even(), tmp_path, "torch_export", torch.randn(2), torch.randn(2))
+
+
 def test_lengths_beyond_the_positions_of_a_model_are_not_tried(tmp_path: Path) -> None:
     ids = torch.randint(3, 99, (2, 38))
     example = _transformers("RobertaModel", "RobertaConfig", {"input_ids": ids}, **ENCODER)
