@@ -73,17 +73,25 @@ def around(path: str) -> Iterator[str]:
 def core_edits(structure: Structure, modules: Mapping[str, nn.Module]) -> tuple[CoreEdit, ...]:
     """The attentions of torch whose heads or dims ``structure`` counts: any removal exchanges their forward."""
     axis = _CORE_AXES.get(structure.kind)
-    inside = 1 if axis == "width" else 0  # the axis of the in-projections that the units lie on
+    if axis == "width":
+        return tuple(CoreEdit(path, "width") for path in _attentions(structure, modules, inside=1))
+    found = _attentions(structure, modules, inside=0)
+    if not found and axis is None:  # a width that no norm runs over
+        return tuple(CoreEdit(path, "width") for path in _attentions(structure, modules, inside=1))
+    edits = ((path, axis or _core_axis(structure, path, modules[path])) for path in found)
+    return tuple(CoreEdit(path, which) for path, which in edits if which is not None)  # type: ignore[arg-type]
+
+
+def _attentions(structure: Structure, modules: Mapping[str, nn.Module], *, inside: int) -> list[str]:
+    """Attentions of torch on whose in-projections the units lie on axis ``inside``, on the output's on the other."""
     found: dict[str, None] = {}
     for piece in structure.slices:
         owner = owner_path(piece.parameter)
         for path, faces in ((owner, piece.axis == inside), (owner.rpartition(".")[0], piece.axis == 1 - inside)):
-            if isinstance(modules.get(path), nn.MultiheadAttention) and (
-                faces or piece.parameter.endswith(("bias_k", "bias_v"))
-            ):
+            added = inside == 0 and piece.parameter.endswith(("bias_k", "bias_v"))
+            if isinstance(modules.get(path), nn.MultiheadAttention) and (faces or added):
                 found.setdefault(path)
-    edits = ((path, axis or _core_axis(structure, path, modules[path])) for path in found)
-    return tuple(CoreEdit(path, which) for path, which in edits if which is not None)  # type: ignore[arg-type]
+    return list(found)
 
 
 def _core_axis(structure: Structure, path: str, attention: nn.Module) -> str | None:

@@ -1,3 +1,4 @@
+import copy
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import partial
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.analysis import discover
+from lightning_compress.plan import PruningPlan
 from lightning_compress.polynomials import Polynomial
 from lightning_compress.structures import CoreEdit, Slice, Structure
-from lightning_compress.surgery import SurgeryError
+from lightning_compress.surgery import SurgeryError, apply_plan, zero_units
 from lightning_compress.surgery.attribute_paths import integers, read_attribute, write_attribute
 from lightning_compress.surgery.attributes import Candidate, anchor, candidates, core_edits, selections
 from lightning_compress.surgery.edits import Removal, evaluate
@@ -268,3 +270,29 @@ def test_core_edits_for_attention_of_torch(kind: str, axis: Any) -> None:
     )
     expected = () if axis is None else (CoreEdit("attention", axis),)
     assert core_edits(structure, dict(model.named_modules())) == expected
+
+
+class Plain(nn.Module):
+    """Attention of torch between two projections, without a norm: its width is free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 12), nn.Linear(12, 3)
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        return self.down(y + self.attention(y, y, y, need_weights=False)[0])
+
+
+def test_the_width_through_an_attention_of_torch_goes_natively() -> None:
+    torch.manual_seed(0)
+    model, x = Plain().double(), torch.randn(2, 4, 5, dtype=torch.float64)
+    structures = discover(model, (x,), prove=True)
+    width = next(s for s in structures if s.kind == "ffn")
+    assert (width.units, width.tier, width.edits) == (12, "native", (CoreEdit("attention", "width"),))
+    small, plan = copy.deepcopy(model), PruningPlan.of(model, structures, {s.name: [0, 2] for s in structures})
+    apply_plan(small, plan, verify=((x,), {}))
+    zero_units(model, plan)
+    torch.testing.assert_close(small(x), model(x), rtol=0, atol=1e-12)
+    assert small.attention.in_proj_weight.shape[1] == 2
