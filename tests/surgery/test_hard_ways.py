@@ -260,5 +260,5 @@ class Pooling(nn.Module):
 
 
 def test_attention_of_learned_queries_loses_heads_and_dims() -> None:
-    proven = halve(built(Pooling), noise(2, 6, 6), but=1)  # the width of the queries is that of the attention
+    proven = halve(built(Pooling), noise(2, 6, 6))
     assert [s.units for s in proven if "attention.in_proj_weight" in s.parameters and s.units < 20] == [4, 5, 5]
