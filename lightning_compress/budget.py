@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.example_call import example_call
 from lightning_compress.importance import Importance, unit_scores
 from lightning_compress.latency import LatencyGoal, LatencyMet, LatencyModel, LatencyTable, measure_latency_table
 from lightning_compress.latency.loop import TOLERANCE as LATENCY_TOLERANCE
@@ -106,7 +107,7 @@ def make_plan(
             warnings.warn(problem.explain_gap(masks, cost, per_layer), BudgetWarning, stacklevel=2)
         return _plan(model, structures, masks)
     _one_target(params=params, macs=macs, units=units, latency=latency, latency_ms=latency_ms)
-    args, kwargs = _example(example) if example is not None else ((), {})
+    args, kwargs = example_call("example", example) if example is not None else ((), {})
     if table is None or example is not None:
         check_proven(structures)
     if scores is None:
@@ -427,20 +428,6 @@ def _check_without_latency(example: object, table: object) -> None:
             f"Expected {'example' if example is not None else 'table'} together with latency=... or latency_ms=..., "
             "for which something is measured, but got neither of these."
         )
-
-
-def _example(example: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if (
-        not isinstance(example, tuple | list)
-        or len(example) != 2
-        or not isinstance(example[0], tuple | list)
-        or not isinstance(example[1], Mapping)
-    ):
-        raise TypeError(
-            f"Expected example to be (args, kwargs), a tuple and a dict, but got {type(example).__name__}. For "
-            f"model(x) pass example=((x,), {{}})."
-        )
-    return tuple(example[0]), dict(example[1])
 
 
 def _one_target(**targets: float | None) -> tuple[str, float]:

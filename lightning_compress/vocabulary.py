@@ -185,7 +185,7 @@ def _trim_model(model: dict[str, Any], number: Mapping[int, int]) -> None:
 
 
 def _renumbered(processor: Any, number: Mapping[int, int]) -> Any:
-    """A post-processor with new ids: templates name them in ``ids``, those of BERT and RoBERTa in [token, id]."""
+    """A post-processor with new ids: templates name them in ``ids``, others in [token, id]."""
     if isinstance(processor, list):
         return [_renumbered(item, number) for item in processor]
     if not isinstance(processor, dict):

@@ -14,6 +14,7 @@ LAYERS = (  # from low to high: a module imports from its own layer and from tho
         "polynomials",
         "selection",
         "distillation_losses",
+        "example_call",
         "quantizers",
         "timing",
         "token_scores",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_compress.example_call import example_call
 from lightning_compress.plan import PruningPlan
 from lightning_compress.structures import Edit, Structure, Tier, is_inside, named_tensors
 from lightning_compress.surgery.calibration import calibrate
@@ -112,8 +113,7 @@ def apply_plan(
         plan: what stays; see ``PruningPlan``.
         optimizers: every optimizer that holds parameters of the model.
         verify: ``(args, kwargs)`` of an example call of ``model``. None is allowed for a plan that was verified, one
-        out
-            of a report: its edits are then replayed without a check, also on a model on the meta device.
+            out of a report: its edits are then replayed without a check, also on a model on the meta device.
         tolerance: largest error that counts as equal.
         unverified: replay also a plan that was never verified, if every structure of it carries its tier, as after
             ``prove``. A proof removes some units, and what is right for their number may be wrong for another.
@@ -131,7 +131,7 @@ def apply_plan(
     optimizers = tuple(optimizers)
     check_plain(model)
     plan.check(model)
-    args, kwargs = _example(verify)
+    args, kwargs = ((), {}) if verify is None else example_call("verify", verify)
     removals = [r for r in (Removal(s, plan.kept[s.name]) for s in plan.structures) if r.removed]
     unproven = [r.structure.name for r in removals if r.structure.tier is None]
     if verify is None and unproven:
@@ -142,8 +142,7 @@ def apply_plan(
     if verify is None and removals and not (plan.verified or unverified):
         raise SurgeryError(
             "Expected verify=(args, kwargs), an example call of the model, because this removal was never compared "
-            "with "
-            "the zeroed model: a way that is right for some kept counts may be wrong for others. A plan out of a "
+            "with the zeroed model: a way that is right for some kept counts may be wrong for others. A plan out of a "
             "SurgeryReport needs none; unverified=True does without, at your own risk."
         )
     if verify is not None:
@@ -289,22 +288,6 @@ def _check_error(error: float, tolerance: float) -> None:
             f"Expected the smaller model to agree with the zeroed one within {tolerance:g}, but the outputs differ by "
             f"{error:.1e} on the true weights. Nothing was changed."
         )
-
-
-def _example(verify: Example | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if verify is None:
-        return (), {}
-    if (
-        not isinstance(verify, tuple | list)
-        or len(verify) != 2
-        or not isinstance(verify[0], tuple | list)
-        or not isinstance(verify[1], Mapping)
-    ):
-        raise TypeError(
-            f"Expected verify to be (args, kwargs), a tuple and a dict, but got {type(verify).__name__}. For model(x) "
-            f"pass verify=((x,), {{}})."
-        )
-    return tuple(verify[0]), dict(verify[1])
 
 
 def _title(removal: Removal) -> str:
