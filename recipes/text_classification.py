@@ -5,8 +5,8 @@ Any dataset and model of the Hugging Face hub by name:
     python recipes/text_classification.py fit --config recipes/text_classification.yaml \
         --model.pretrained=bert-base-uncased --data.dataset=stanfordnlp/sst2
 
-Offline, a local model folder, and a folder with `train.tsv`, `dev.tsv` and `test.tsv` (or `.tsv.gz`; each line is
-`text TAB label`, no header):
+Offline, a local model folder, and a folder with `train.tsv`, `dev.tsv` and `test.tsv` (or `.tsv.gz`; no header; each
+line is `text TAB label` or, for pairs as in MRPC, `label TAB text TAB text`):
 
     python recipes/text_classification.py fit --config recipes/text_classification.yaml \
         --model.pretrained=path/to/model --data.dataset=path/to/sst2 \
@@ -134,7 +134,22 @@ class LengthBuckets(Sampler[int]):
 
 
 class TextData(L.LightningDataModule):
-    """Sentences and labels out of a local folder of TSV files or out of a dataset of the hub, tokenized once."""
+    """Sentences and labels out of a local folder of TSV files or out of a dataset of the hub, tokenized once.
+
+    Pairs of sentences become one sequence, `[CLS] first [SEP] second [SEP]`, without segment ids. Where a pair is too
+    long, its longer sentence is cut.
+
+    Args:
+        dataset: the folder, or the name of a dataset of the hub.
+        pretrained: the model whose tokenizer is used.
+        config: configuration of the dataset of the hub.
+        text: its column of sentences.
+        label: its column of integer labels.
+        batch_size: examples per batch.
+        max_length: tokens after which an example is cut.
+        seed: of the order of the training batches.
+        pair: the column of second sentences of the dataset of the hub, for pairs.
+    """
 
     def __init__(
         self,
@@ -146,6 +161,7 @@ class TextData(L.LightningDataModule):
         batch_size: int = 32,
         max_length: int = 128,
         seed: int = 0,
+        pair: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -157,8 +173,8 @@ class TextData(L.LightningDataModule):
             return
         folder = Path(self.hparams.dataset)
         read = read_folder(folder) if folder.is_dir() else read_hub(**{k: self.hparams[k] for k in HUB_ARGUMENTS})
-        for split, (sentences, labels) in read.items():
-            ids = self.tokenizer(sentences, truncation=True, max_length=self.hparams.max_length)["input_ids"]
+        for split, (texts, labels) in read.items():
+            ids = self.tokenizer(texts, truncation=True, max_length=self.hparams.max_length)["input_ids"]
             self.splits[split] = list(zip(ids, labels, strict=True))
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
@@ -183,8 +199,8 @@ class TextData(L.LightningDataModule):
         return self.loader("test", by_length(self.splits["test"]))
 
 
-HUB_ARGUMENTS = ("dataset", "config", "text", "label")
-Split = tuple[list[str], list[int]]  # sentences, labels
+HUB_ARGUMENTS = ("dataset", "config", "text", "label", "pair")
+Split = tuple[Sequence[str | tuple[str, str]], list[int]]  # sentences or pairs of them, labels
 
 
 def by_length(examples: list[Example]) -> list[int]:
@@ -193,8 +209,12 @@ def by_length(examples: list[Example]) -> list[int]:
 
 
 def read_folder(folder: Path) -> dict[str, Split]:
-    """`{train,dev or validation,test}.tsv` or `.tsv.gz`: `text TAB label`, no header, no quoting."""
+    """`{train,dev or validation,test}.tsv` or `.tsv.gz`, no header, no quoting.
+
+    Two columns are `text TAB label`, three are `label TAB text TAB text`; all lines of a folder are alike.
+    """
     splits: dict[str, Split] = {}
+    columns = 0  # of the first line of all
     for split, stems in {"train": ("train",), "validation": ("dev", "validation"), "test": ("test",)}.items():
         paths = [folder / f"{stem}{ending}" for stem in stems for ending in (".tsv", ".tsv.gz")]
         path = next((path for path in paths if path.is_file()), None)
@@ -206,20 +226,31 @@ def read_folder(folder: Path) -> dict[str, Split]:
         opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        columns = columns or (3 if rows and len(rows[0]) == 3 else 2)
+        texts: list[str | tuple[str, str]] = []
+        labels = []
         for number, row in enumerate(rows, 1):
-            if len(row) != 2 or not row[1].isdigit():
+            label = row[0 if columns == 3 else -1] if row else ""
+            if len(row) != columns or not label.isdigit():
+                form = "label TAB text TAB text" if columns == 3 else "text TAB label"
                 raise ValueError(
-                    f"{path.name}, line {number}: expected `text TAB label` with an integer label, got {row!r}."
+                    f"{path.name}, line {number}: expected `{form}` with an integer label, got {row!r}. "
+                    "All lines of all splits have the form of the first."
                 )
-        splits[split] = [row[0] for row in rows], [int(row[1]) for row in rows]
+            texts.append((row[1], row[2]) if columns == 3 else row[0])
+            labels.append(int(label))
+        splits[split] = texts, labels
     return splits
 
 
-def read_hub(dataset: str, config: str | None, text: str, label: str) -> dict[str, Split]:
+def read_hub(dataset: str, config: str | None, text: str, label: str, pair: str | None) -> dict[str, Split]:
     from datasets import load_dataset
 
     loaded = load_dataset(dataset, config)
-    return {split: (list(rows[text]), list(rows[label])) for split, rows in loaded.items()}
+    return {
+        split: (list(zip(rows[text], rows[pair], strict=True)) if pair else list(rows[text]), list(rows[label]))
+        for split, rows in loaded.items()
+    }
 
 
 if __name__ == "__main__":

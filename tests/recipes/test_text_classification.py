@@ -87,6 +87,30 @@ def test_batches_are_padded_and_masked(pretrained: Path, sentences: Path) -> Non
             assert batch["attention_mask"].all(0).any() and batch["attention_mask"].any(0).all()  # no column of padding
 
 
+def test_pairs_have_the_label_first(pretrained: Path, tmp_path: Path) -> None:
+    for name in ("train.tsv", "dev.tsv", "test.tsv"):
+        (tmp_path / name).write_text('1\t"good film\tfine plot\n0\tthe\t1\n')
+    assert read_folder(tmp_path)["train"] == ([('"good film', "fine plot"), ("the", "1")], [1, 0])
+    _, data = make(pretrained, tmp_path)
+    data.setup()
+    texts = [data.tokenizer.decode(ids).split() for ids, _ in data.splits["validation"]]
+    assert texts == ["[CLS] [UNK] good film [SEP] fine plot [SEP]".split(), "[CLS] the [SEP] [UNK] [SEP]".split()]
+
+
+@pytest.mark.parametrize("line", ["good\t1", "good\tfilm\t1", "1\tgood", "1\tgood\tfilm\tplot"])
+def test_a_bad_pair_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "train.tsv").write_text(f"1\tfine\tfilm\n{line}\n")
+    with pytest.raises(ValueError, match=r"train.tsv, line 2: expected `label TAB text TAB text` .* form of the first"):
+        read_folder(tmp_path)
+
+
+def test_splits_of_two_forms_are_told(tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text("1\tfine\tfilm\n")
+    (tmp_path / "dev.tsv").write_text("fine film\t1\n")
+    with pytest.raises(ValueError, match=r"dev.tsv, line 1: expected `label TAB text TAB text`"):
+        read_folder(tmp_path)
+
+
 # Length buckets
 
 
@@ -194,6 +218,13 @@ def test_real_sentences_fit_the_reader() -> None:
         "test": 1821,
     }
     assert all(set(labels) == {0, 1} for _, labels in splits.values())
+
+
+@pytest.mark.data
+def test_real_pairs_fit_the_reader() -> None:
+    splits = read_folder(Path(os.environ["LIGHTNING_COMPRESS_DATA"]) / "mrpc")
+    assert [len(splits[split][1]) for split in ("train", "validation", "test")] == [3668, 408, 1725]
+    assert all(set(labels) == {0, 1} and len(texts[0]) == 2 for texts, labels in splits.values())
 
 
 # From the command line
