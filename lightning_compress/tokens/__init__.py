@@ -1,0 +1,1 @@
+"""Token pruning: find the stack of layers, decide by attention received, and go on with the tokens that stay."""

@@ -1,0 +1,87 @@
+"""Index functions that take tokens out of a batch and put their states back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Repacking:
+    """Which tokens of a batch stay, and where.
+
+    Args:
+        index: int64 (batch, kept), positions in the batch before; slots that a row does not fill hold the position of
+            a token that does not stay, or of any other.
+        valid: bool (batch, kept), False for slots that a row does not fill; None if all rows fill all.
+        flat: int64 (batch * kept), the same positions in the flattened batch.
+    """
+
+    index: Tensor
+    valid: Tensor | None
+    flat: Tensor
+
+
+def repack(keep: Tensor, multiple: int = 1) -> Repacking:
+    """Pack the kept tokens of every row to the left, in their order.
+
+    Args:
+        keep: bool (batch, tokens), at least one True.
+        multiple: the number of slots is rounded up to a multiple of this, as far as there are tokens.
+    """
+    batch, tokens = keep.shape
+    if batch == 1 and multiple == 1:
+        index = keep[0].nonzero().squeeze(1)  # (kept,)
+        return Repacking(index.unsqueeze(0), None, index)
+    counts = keep.sum(1)  # (batch,)
+    most = max(1, int(counts.max()))
+    slots = min(tokens, -(-most // multiple) * multiple)
+    # a stable sort brings the kept tokens to the front without changing their order
+    index = torch.sort(keep.logical_not().to(torch.uint8), dim=1, stable=True).indices[:, :slots]
+    full = slots == most and bool((counts == slots).all())
+    valid = None if full else torch.arange(slots, device=keep.device) < counts.unsqueeze(1)
+    flat = (index + torch.arange(batch, device=keep.device).unsqueeze(1) * tokens).reshape(-1)
+    return Repacking(index, valid, flat)
+
+
+def gather_states(states: Tensor, packing: Repacking) -> Tensor:
+    """States (batch, tokens, ...) of the tokens that stay, (batch, kept, ...)."""
+    batch, tokens = states.shape[:2]
+    rows = states.reshape(batch * tokens, *states.shape[2:]).index_select(0, packing.flat)
+    return rows.view(batch, -1, *states.shape[2:])
+
+
+def gather_dims(value: Tensor, dims: tuple[int, ...], index: Tensor) -> Tensor:
+    """``value`` narrowed to the same tokens along several of its dims.
+
+    Args:
+        value: (batch or 1, ...), with ``tokens`` entries along each of ``dims``.
+        dims: which dims run over tokens, none of them the first.
+        index: int64 (batch, kept).
+    """
+    batch, kept = index.shape
+    if value.shape[0] != batch:
+        value = value.expand(batch, *value.shape[1:])
+    for dim in dims:
+        shape = [batch] + [1] * (value.dim() - 1)
+        shape[dim] = kept
+        target = list(value.shape)
+        target[dim] = kept
+        value = value.gather(dim, index.view(shape).expand(target))
+    return value
+
+
+def scatter_states(full: Tensor, states: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
+    """``full`` (batch, tokens, width) with ``states`` (batch, kept, width) written to their positions; a new tensor."""
+    batch, tokens = full.shape[:2]
+    flat = (index + torch.arange(batch, device=index.device).unsqueeze(1) * tokens).reshape(-1)
+    rows = states.reshape(flat.shape[0], *states.shape[2:])
+    if valid is not None:
+        chosen = valid.reshape(-1).nonzero().squeeze(1)
+        flat, rows = flat[chosen], rows[chosen]
+    return full.reshape(batch * tokens, *full.shape[2:]).index_copy(0, flat, rows.to(full.dtype)).view_as(full)
+
+
+__all__ = ["Repacking", "gather_dims", "gather_states", "repack", "scatter_states"]

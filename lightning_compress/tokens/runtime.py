@@ -1,0 +1,551 @@
+"""Token pruning at run time: tokens really leave the computation.
+
+The forward of the owner of the stack and of every layer is replaced, on the instance, by one that carries the positions
+of the tokens that are left. After the attention of a layer, the policy decides; from the next layer on, the batch is
+repacked to the longest row that is left. At the end states are scattered back: a token that left has the state with
+which it left.
+
+Four modes: ``"off"`` (the model as it is), ``"gather"`` (tokens leave), ``"mask"`` (the same decisions with all tokens
+in place: no key sees a pruned token, and its state is frozen; what gathering is compared with), ``"soft"`` (in part
+pruned, differentiable in the thresholds).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_compress.token_policies import TokenPolicy
+from lightning_compress.token_scores import straight_through
+from lightning_compress.token_switch import tokens_are_off
+from lightning_compress.tokens.arguments import output_state, with_state, with_tensors
+from lightning_compress.tokens.errors import TokenPruningError
+from lightning_compress.tokens.gathering import Repacking, gather_dims, gather_states, repack, scatter_states
+from lightning_compress.tokens.stack import TokenStack, python_attention, token_dims
+from lightning_compress.tokens.tap import AttentionTap
+
+Mode = Literal["off", "soft", "mask", "gather"]
+MODES: tuple[Mode, ...] = ("off", "soft", "mask", "gather")
+RUNTIME = "_token_runtime"
+WHOLE = ("output_attentions", "output_hidden_states")
+SURELY = 30.0  # a logit whose sigmoid is 1 in float32
+# (layer, positions of the present tokens or None for all, active) -> keep
+Decide = Callable[[int, "Tensor | None", Tensor], Tensor]
+
+
+@dataclass
+class SoftPruning:
+    r"""How tokens are pruned in part.
+
+    ``cumulative``: :math:`M_l = M_{l-1}\,\sigma((s_l - \theta_l)/T)`; in layer l+1 keys get the bias
+    :math:`\log M_l` and the state becomes :math:`M_l\,f(h) + (1 - M_l)\,h`, so that for :math:`T \to 0` it is the hard
+    decision. Otherwise as published: the state that a layer returns is multiplied with its own mask, and no key is
+    masked.
+
+    Attributes:
+        thresholds: one scalar per decision, in units of the mean score.
+        temperature: T, in the same units.
+        straight_through: whether the forward takes the hard decision and only the backward the soft one.
+        cumulative: see above.
+    """
+
+    thresholds: Tensor
+    temperature: float = 0.1
+    straight_through: bool = False
+    cumulative: bool = True
+
+
+@dataclass(eq=False)
+class TokenCounts:
+    """What a forward did.
+
+    Attributes:
+        entering: (layers, batch), tokens that entered each layer; in soft mode expected ones, with gradients.
+        real: (batch,), tokens that are no padding.
+        tokens: number of tokens of a row, padding included.
+        masks: in soft mode the mask of each decision, (batch, tokens), with gradients.
+        present: for every layer the positions that were there, (batch, present) or None for all, and which of them took
+            part, or None for all.
+    """
+
+    entering: Tensor
+    real: Tensor
+    tokens: int
+    masks: list[Tensor]
+    present: list[tuple[Tensor | None, Tensor | None]]
+
+    def layers_of_tokens(self) -> Tensor:
+        """Number of layers that each token went through as a token that counts, int64 (batch, tokens)."""
+        batch = self.real.shape[0]
+        total = torch.zeros(batch, self.tokens, dtype=torch.int64, device=self.real.device)
+        for index, shown in self.present:
+            took = torch.ones_like(total if index is None else index) if shown is None else shown.long()
+            total = total + took if index is None else total.scatter_add(1, index, took)
+        return total
+
+
+@dataclass(eq=False)
+class _Forward:
+    """The state of one forward of the owner. Present tokens are those that have not physically left."""
+
+    mode: Mode
+    layer: int = 0
+    batch: int = 0
+    tokens: int = 0
+    real: Tensor | None = None  # bool (batch, tokens); None: all
+    shown: Tensor | None = None  # bool (batch, present), tokens that take part; None: all of them
+    frozen: bool = False  # whether there are present tokens that do not take part
+    index: Tensor | None = None  # int64 (batch, present), where the present tokens were; None: none has left
+    valid: Tensor | None = None  # bool (batch, present), slots that hold a token; None: all
+    protected: Tensor | None = None  # bool (batch, present)
+    accumulated: Tensor | None = None  # sums of scores
+    mask: Tensor | None = None  # soft: the mask in force, (batch, tokens)
+    log_mask: Tensor | None = None  # soft and cumulative: its logarithm, the bias of the keys
+    stages: list[tuple[Tensor, Tensor | None, Tensor | None]] = field(default_factory=list)
+    entering: list[Tensor] = field(default_factory=list)
+    masks: list[Tensor] = field(default_factory=list)
+    present: list[tuple[Tensor | None, Tensor | None]] = field(default_factory=list)
+    gathered: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def real_count(self, like: Tensor) -> Tensor:
+        """Number of real tokens of each row, float32 (batch,)."""
+        if self.real is None:
+            return torch.full((self.batch,), float(self.tokens), device=like.device)
+        return self.real.sum(1).float()
+
+
+class TokenRuntime:
+    """What `install_tokens` puts on a model.
+
+    Attributes:
+        stack: where the layers are.
+        policy: which tokens go on after each layer but the last.
+        protected: positions that always stay (as long as they are real).
+        protected_mask: bool (batch, tokens) for the next forward, tokens that always stay; None for none.
+        min_keep: so many tokens of a row stay at least.
+        scatter: whether the states of all tokens are put together after the last layer; without it the owner sees only
+            the tokens that are left, which is enough where only protected tokens are read.
+        mode: what a forward in evaluation mode does.
+        train_mode: what a forward in training mode does.
+        soft: settings for the mode "soft".
+        multiple: repacked batches have a multiple of so many slots (8 for half precision on GPUs).
+        worthwhile: tokens only leave if at least this fraction of the slots is saved; otherwise they are masked.
+        decide: takes the place of the policy (in proofs).
+        counts: what the last forward did.
+    """
+
+    def __init__(
+        self,
+        stack: TokenStack,
+        policy: TokenPolicy,
+        protected: tuple[int, ...] = (0,),
+        min_keep: int = 1,
+        scatter: bool = True,
+        mode: Mode = "gather",
+        train_mode: Mode | None = None,
+    ) -> None:
+        if policy.layers != len(stack.layers) - 1:
+            raise TokenPruningError(
+                f"Expected a policy with one decision after each of the {len(stack.layers)} layers but the last, "
+                f"{len(stack.layers) - 1}, but got one for {policy.layers}."
+            )
+        if min_keep < 1:
+            raise TokenPruningError(
+                f"Expected min_keep, tokens that stay in every row, to be at least 1, got {min_keep}."
+            )
+        if mode not in MODES or train_mode not in (None, *MODES):
+            raise TokenPruningError(f"Expected a mode of {list(MODES)}, but got {mode!r} and {train_mode!r}.")
+        self.stack = stack
+        self.policy = policy
+        self.protected = tuple(protected)
+        self.protected_mask: Tensor | None = None
+        self.min_keep = min_keep
+        self.scatter = scatter
+        self.mode: Mode = mode
+        self.train_mode: Mode = train_mode or mode
+        self.soft: SoftPruning | None = None
+        self.multiple = 1
+        self.worthwhile = 0.05
+        self.decide: Decide | None = None
+        self.inspect = False
+        self.counts: TokenCounts | None = None
+        self._forward: _Forward | None = None
+
+    # The owner
+
+    def will_run(self, training: bool) -> Mode:
+        """The mode of a forward in training or evaluation mode."""
+        return self.train_mode if training else self.mode
+
+    def begin(self, training: bool) -> _Forward | None:
+        """State of a new forward; None if it is to run as it is."""
+        mode = self.will_run(training)
+        if mode == "off" or tokens_are_off():
+            return None
+        if mode == "soft" and self.soft is None:
+            raise TokenPruningError("Expected the settings of soft pruning, but got none: set runtime.soft.")
+        return _Forward(mode)
+
+    def run_owner(self, original: Callable[..., Any], training: bool, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """The forward of the owner."""
+        if self._forward is not None:  # the owner calls itself
+            return original(*args, **kwargs)
+        state = self.begin(training)
+        if state is None:
+            return original(*args, **kwargs)
+        self._forward = state
+        try:
+            with python_attention():
+                output = original(*args, **kwargs)
+        finally:
+            self._forward = None
+        if state.layer != len(self.stack.layers):
+            raise TokenPruningError(
+                f"Expected a forward through {len(self.stack.layers)} layers, as in the example that token pruning was "
+                f"set up with, but {state.layer} were called. Set it up again for this model, or take it off "
+                "(remove_tokens)."
+            )
+        return output
+
+    # A layer
+
+    def run_layer(self, original: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward of a layer."""
+        state = self._forward
+        if state is None:
+            return original(*args, **kwargs)
+        number = state.layer
+        if number >= len(self.stack.layers) or self.stack.layers[number] != name:
+            raise TokenPruningError(
+                f"Expected the layers to be called in the order {list(self.stack.layers)}, but {name!r} came as number "
+                f"{number}."
+            )
+        hidden = self._hidden(args, kwargs, name)
+        if number == 0:
+            state.batch, state.tokens = hidden.shape[0], hidden.shape[1]
+            state.protected = self._protected(hidden)
+        elif state.index is not None:
+            args, kwargs = self._narrowed(state, hidden, args, kwargs)
+        state.layer += 1
+        last = state.layer == len(self.stack.layers)
+        tap = AttentionTap(
+            hidden.shape[0],
+            hidden.shape[1],
+            key_bias=_key_bias(state, hidden),
+            query_weights=_query_weights(state, hidden),
+            find_real=number == 0,
+            wanted=not last,
+            inspect=self.inspect,
+        )
+        with tap:
+            output = original(*args, **kwargs)
+        heard = tap.one(name)
+        new = output_state(output)
+        if new is None or new.shape != hidden.shape:
+            raise TokenPruningError(
+                f"Expected the layer {name!r} to return a state of shape {tuple(hidden.shape)}, but got "
+                f"{type(output).__name__ if new is None else tuple(new.shape)}."
+            )
+        if number == 0:
+            state.real = heard.real
+        changed = self._frozen(state, hidden, new)
+        state.entering.append(_entering(state, hidden))
+        state.present.append((state.index, state.shown if number else state.real))
+        if last:
+            changed = self._finished(state, changed)
+        else:
+            assert heard.scores is not None
+            changed = self._decided(state, number, heard.scores, changed)
+        return output if changed is new else with_state(output, changed)
+
+    def _hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Tensor:
+        kind, _, key = self.stack.state.partition(".")
+        value = None
+        if kind == "args" and int(key) < len(args):
+            value = args[int(key)]
+        elif kind == "kwargs":
+            value = kwargs.get(key)
+        if not isinstance(value, Tensor) or value.dim() != 3 or value.is_nested:
+            raise TokenPruningError(
+                f"Expected the hidden state (batch, tokens, width) at {self.stack.state} of the layer {name!r}, as in the "
+                f"example, but got {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}."
+            )
+        return value
+
+    def _protected(self, hidden: Tensor) -> Tensor | None:
+        batch, tokens = hidden.shape[:2]
+        positions = [p for p in self.protected if -tokens <= p < tokens]
+        mask = self.protected_mask
+        if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (batch, tokens)):
+            raise TokenPruningError(
+                f"Expected protected_mask to be bool of shape {(batch, tokens)}, but got {mask.dtype} of shape "
+                f"{tuple(mask.shape)}."
+            )
+        if not positions and mask is None:
+            return None
+        protected = torch.zeros(batch, tokens, dtype=torch.bool, device=hidden.device)
+        if positions:
+            protected[:, positions] = True
+        return protected if mask is None else protected | mask.to(hidden.device)
+
+    def _narrowed(
+        self, state: _Forward, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments with what belongs to tokens that are gone taken out."""
+        index = state.index
+        assert index is not None
+
+        def visit(path: str, value: Tensor) -> Tensor:
+            if value is hidden:
+                return value
+            held = state.gathered.get(id(value))
+            if held is not None and held[0] is value:
+                return held[1]
+            dims = self.stack.dims.get(path)
+            if dims is None:
+                dims = token_dims(value, state.batch, state.tokens)
+            dims = tuple(d for d in dims if -d <= value.dim() and value.shape[d] == state.tokens)
+            if not dims:
+                return value
+            gathered = gather_dims(value, tuple(d % value.dim() for d in dims), index)
+            state.gathered[id(value)] = (value, gathered)
+            return gathered
+
+        return with_tensors(args, kwargs, visit)
+
+    def _frozen(self, state: _Forward, hidden: Tensor, new: Tensor) -> Tensor:
+        """Tokens that were pruned before this layer keep the state that they had."""
+        if state.mode == "soft":
+            if state.log_mask is None or state.mask is None:
+                return new
+            return hidden + state.mask.unsqueeze(-1).to(new.dtype) * (new - hidden)
+        if state.frozen and state.shown is not None:
+            return torch.where(state.shown.unsqueeze(-1), new, hidden)
+        return new
+
+    # Decisions
+
+    def _decided(self, state: _Forward, number: int, scores: Tensor, hidden: Tensor) -> Tensor:
+        if state.mode == "soft":
+            return self._softly(state, number, scores, hidden)
+        scores = scores.detach()
+        if getattr(self.policy, "accumulated", False):
+            state.accumulated = scores if state.accumulated is None else state.accumulated + scores
+            scores = state.accumulated
+        active = state.real if number == 0 else state.shown
+        if active is None:
+            active = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        if self.decide is not None:
+            keep = self.decide(number, state.index, active) & active
+            if state.protected is not None:
+                keep = keep | (state.protected & active)
+        else:
+            keep = self.policy.keep(number, scores, active, state.real_count(hidden), state.protected, self.min_keep)
+        if state.mode == "gather":
+            packing = repack(keep, self.multiple)
+            if packing.index.shape[1] <= (1 - self.worthwhile) * hidden.shape[1]:
+                return self._gathered(state, packing, hidden)
+        state.shown, state.frozen = keep, True
+        return hidden
+
+    def _gathered(self, state: _Forward, packing: Repacking, hidden: Tensor) -> Tensor:
+        if self.scatter:
+            state.stages.append((hidden, state.index, state.valid))
+        state.index = packing.index if state.index is None else state.index.gather(1, packing.index)
+        state.valid = state.shown = packing.valid
+        state.frozen = False
+        state.gathered.clear()
+        if state.protected is not None:
+            state.protected = state.protected.gather(1, packing.index)
+        if state.accumulated is not None:
+            state.accumulated = state.accumulated.gather(1, packing.index)
+        return gather_states(hidden, packing)
+
+    def _softly(self, state: _Forward, number: int, scores: Tensor, hidden: Tensor) -> Tensor:
+        soft = self.soft
+        assert soft is not None
+        logits = (scores.float() - soft.thresholds[number].float()) / soft.temperature
+        if state.protected is not None:
+            logits = logits.masked_fill(state.protected, SURELY)
+        mask, log_mask = torch.sigmoid(logits), nn.functional.logsigmoid(logits)
+        if not soft.cumulative:
+            state.mask = mask
+            state.masks.append(mask)
+            return hidden * mask.unsqueeze(-1).to(hidden.dtype)
+        if soft.straight_through:
+            stays = logits.detach() >= 0
+            mask = straight_through(mask, stays.to(mask.dtype))
+            log_mask = straight_through(log_mask, torch.where(stays, 0.0, -SURELY))
+        if state.mask is not None and state.log_mask is not None:
+            mask, log_mask = state.mask * mask, (state.log_mask + log_mask).clamp(min=-2 * SURELY)
+        state.mask, state.log_mask = mask, log_mask
+        state.masks.append(mask)
+        return hidden
+
+    # The end
+
+    def _finished(self, state: _Forward, hidden: Tensor) -> Tensor:
+        self.counts = TokenCounts(
+            torch.stack(state.entering), state.real_count(hidden), state.tokens, state.masks, state.present
+        )
+        if not state.stages or state.index is None:
+            return hidden
+        full = state.stages[0][0]
+        for states, index, valid in state.stages[1:]:
+            assert index is not None
+            full = scatter_states(full, states, index, valid)
+        return scatter_states(full, hidden, state.index, state.valid)
+
+    # Copies have no forward under way, and no graph of the last one
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "counts": None, "_forward": None, "protected_mask": None}
+
+
+def _key_bias(state: _Forward, hidden: Tensor) -> Tensor | None:
+    if state.log_mask is not None:
+        return state.log_mask
+    if state.mode == "soft" or state.shown is None:
+        return None
+    bias = torch.zeros(state.shown.shape, dtype=hidden.dtype, device=hidden.device)
+    return bias.masked_fill(~state.shown, -torch.inf)
+
+
+def _query_weights(state: _Forward, hidden: Tensor) -> Tensor | None:
+    if state.mode != "soft":
+        return None if state.shown is None else state.shown.to(hidden.dtype)
+    real = None if state.real is None else state.real.to(hidden.dtype)
+    if state.log_mask is None or state.mask is None:
+        return real
+    return state.mask if real is None else state.mask * real
+
+
+def _entering(state: _Forward, hidden: Tensor) -> Tensor:
+    """Number of tokens that entered the layer, (batch,)."""
+    if state.mode == "soft" and state.mask is not None:
+        return (state.mask if state.real is None else state.mask * state.real).sum(1)
+    if state.mode != "soft" and state.shown is not None:
+        return state.shown.sum(1).float()
+    if state.index is not None:
+        return torch.full((state.batch,), float(hidden.shape[1]), device=hidden.device)
+    return state.real_count(hidden)
+
+
+def _check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the model: what needs every token in every layer is refused."""
+    runtime = vars(module).get(RUNTIME)
+    if runtime is None or tokens_are_off() or runtime.will_run(module.training) == "off":
+        return
+    config = getattr(module, "config", None)
+    for name in WHOLE:
+        if kwargs.get(name, None if name in kwargs else getattr(config, name, False)):
+            raise TokenPruningError(
+                f"Expected a call without {name}=True, because with pruned tokens every layer has another number of "
+                'them. Set runtime.mode = "off" (token_runtime(model)) to look at the model with all tokens.'
+            )
+
+
+@dataclass(eq=False)
+class _Forwarded:
+    """What stands in for the forward of a module on the instance."""
+
+    runtime: TokenRuntime
+    module: nn.Module
+    name: str
+    previous: Any = None  # a forward that was set on the instance before
+
+    def original(self) -> Callable[..., Any]:
+        return self.previous if self.previous is not None else type(self.module).forward.__get__(self.module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original())
+
+
+class _OwnerForward(_Forwarded):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.runtime.run_owner(self.original(), self.module.training, args, kwargs)
+
+
+class _LayerForward(_Forwarded):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.runtime.run_layer(self.original(), self.name, args, kwargs)
+
+
+def token_runtime(model: nn.Module) -> TokenRuntime | None:
+    """The runtime that is installed on ``model``; None if there is none."""
+    return vars(model).get(RUNTIME)
+
+
+def install_tokens(model: nn.Module, runtime: TokenRuntime) -> TokenRuntime:
+    """Put a runtime on ``model``: from now on its forwards prune tokens.
+
+    Args:
+        model: the model that the stack was found in.
+        runtime: its stack's modules must be there.
+
+    Returns:
+        The runtime.
+
+    Raises:
+        TokenPruningError: if the model has one already, or lacks a module of the stack; it is unchanged then.
+    """
+    if token_runtime(model) is not None:
+        raise TokenPruningError(
+            "Expected a model without token pruning, but it has a runtime already. Take it off first: remove_tokens(model)."
+        )
+    modules = dict(model.named_modules())
+    wanted = [runtime.stack.owner, *runtime.stack.layers]
+    missing = [name for name in wanted if name not in modules]
+    if missing:
+        raise TokenPruningError(
+            f"Expected a model with the modules {missing[:3]} of the stack, but {type(model).__name__} has none of these "
+            "names."
+        )
+    owner = modules[runtime.stack.owner]
+    _replace(_OwnerForward(runtime, owner, runtime.stack.owner))
+    for name in dict.fromkeys(runtime.stack.layers):
+        _replace(_LayerForward(runtime, modules[name], name))
+    vars(model)[RUNTIME] = runtime
+    model.register_forward_pre_hook(_check_call, with_kwargs=True)
+    return runtime
+
+
+def _replace(forward: _Forwarded) -> None:
+    forward.previous = vars(forward.module).get("forward")
+    vars(forward.module)["forward"] = forward
+
+
+def remove_tokens(model: nn.Module) -> TokenRuntime | None:
+    """Take the runtime off ``model``: all tokens take part again. Returns it, or None if there was none."""
+    runtime = vars(model).pop(RUNTIME, None)
+    if runtime is None:
+        return None
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, _Forwarded) and forward.runtime is runtime:
+            del vars(module)["forward"]
+            if forward.previous is not None:
+                vars(module)["forward"] = forward.previous
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is _check_call:
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    return runtime
+
+
+__all__ = [
+    "MODES",
+    "Mode",
+    "SoftPruning",
+    "TokenCounts",
+    "TokenRuntime",
+    "install_tokens",
+    "remove_tokens",
+    "token_runtime",
+]
