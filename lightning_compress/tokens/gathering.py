@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +18,13 @@ class Repacking:
             a token that does not stay, or of any other.
         valid: bool (batch, kept), False for slots that a row does not fill; None if all rows fill all.
         flat: int64 (batch * kept), the same positions in the flattened batch.
+        counts: number of tokens that stay, of each row.
     """
 
     index: Tensor
     valid: Tensor | None
     flat: Tensor
+    counts: tuple[int, ...]
 
 
 def repack(keep: Tensor, multiple: int = 1) -> Repacking:
@@ -34,16 +37,56 @@ def repack(keep: Tensor, multiple: int = 1) -> Repacking:
     batch, tokens = keep.shape
     if batch == 1 and multiple == 1:
         index = keep[0].nonzero().squeeze(1)  # (kept,)
-        return Repacking(index.unsqueeze(0), None, index)
+        return Repacking(index.unsqueeze(0), None, index, (index.shape[0],))
     counts = keep.sum(1)  # (batch,)
-    most = max(1, int(counts.max()))
+    numbers = tuple(counts.tolist())
+    most = max(1, *numbers)
     slots = min(tokens, -(-most // multiple) * multiple)
     # a stable sort brings the kept tokens to the front without changing their order
     index = torch.sort(keep.logical_not().to(torch.uint8), dim=1, stable=True).indices[:, :slots]
-    full = slots == most and bool((counts == slots).all())
+    full = min(numbers) == slots
     valid = None if full else torch.arange(slots, device=keep.device) < counts.unsqueeze(1)
     flat = (index + torch.arange(batch, device=keep.device).unsqueeze(1) * tokens).reshape(-1)
-    return Repacking(index, valid, flat)
+    return Repacking(index, valid, flat, numbers)
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows of a batch that are computed together.
+
+    Args:
+        rows: their numbers.
+        slots: so many slots the longest of them fills.
+    """
+
+    rows: tuple[int, ...]
+    slots: int
+
+
+def group_rows(counts: tuple[int, ...], most: int = 4, saving: int = 64) -> list[RowGroup]:
+    """Rows of similar length together: what a group does not fill is computed for nothing.
+
+    Starting from one group, the cut that saves the most slots is made, as long as it saves enough.
+
+    Args:
+        counts: number of tokens of each row.
+        most: so many groups at most.
+        saving: slots that a cut must save, the price of one more call.
+    """
+    order = sorted(range(len(counts)), key=lambda row: -counts[row])
+    sizes = [counts[row] for row in order]
+    cuts = [0, len(order)]
+    while len(cuts) <= most:
+        best, where = 0, 0
+        for start, stop in itertools.pairwise(cuts):
+            for cut in range(start + 1, stop):
+                saved = (stop - cut) * (sizes[start] - sizes[cut])
+                if saved > best:
+                    best, where = saved, cut
+        if best < saving:
+            break
+        cuts = sorted([*cuts, where])
+    return [RowGroup(tuple(order[a:b]), sizes[a]) for a, b in itertools.pairwise(cuts)]
 
 
 def gather_states(states: Tensor, packing: Repacking) -> Tensor:
@@ -65,6 +108,9 @@ def gather_dims(value: Tensor, dims: tuple[int, ...], index: Tensor) -> Tensor:
     if value.shape[0] != batch:
         value = value.expand(batch, *value.shape[1:])
     for dim in dims:
+        if value.stride(dim) == 0:  # one value for all tokens
+            value = value.narrow(dim, 0, kept)
+            continue
         shape = [batch] + [1] * (value.dim() - 1)
         shape[dim] = kept
         target = list(value.shape)
@@ -84,4 +130,4 @@ def scatter_states(full: Tensor, states: Tensor, index: Tensor, valid: Tensor | 
     return full.reshape(batch * tokens, *full.shape[2:]).index_copy(0, flat, rows.to(full.dtype)).view_as(full)
 
 
-__all__ = ["Repacking", "gather_dims", "gather_states", "repack", "scatter_states"]
+__all__ = ["Repacking", "RowGroup", "gather_dims", "gather_states", "group_rows", "repack", "scatter_states"]

@@ -1,7 +1,8 @@
 """Proof that tokens can leave a model: with the same decisions, gathering gives what masking gives.
 
 In float64, on perturbed weights, with random decisions and with the fewest tokens possible. What fails is refused with
-the layer that does not bear it: positions that do not travel with their tokens, windows, attention that only looks back.
+the layer that does not bear it: positions that do not travel with their tokens, windows, attention that looks back
+only.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class _Trial:
         runtime = TokenRuntime(
             stack, KeepAll(len(stack.layers) - 1), protected=self.protected, scatter=scatter, mode=mode
         )
-        runtime.worthwhile = 0.0
+        runtime.worthwhile, runtime.saving = 0.0, 1
         install_tokens(self.model, runtime)
         try:
             yield runtime

@@ -25,9 +25,17 @@ from lightning_compress.token_scores import straight_through
 from lightning_compress.token_switch import tokens_are_off
 from lightning_compress.tokens.arguments import output_state, with_state, with_tensors
 from lightning_compress.tokens.errors import TokenPruningError
-from lightning_compress.tokens.gathering import Repacking, gather_dims, gather_states, repack, scatter_states
+from lightning_compress.tokens.gathering import (
+    Repacking,
+    RowGroup,
+    gather_dims,
+    gather_states,
+    group_rows,
+    repack,
+    scatter_states,
+)
 from lightning_compress.tokens.stack import TokenStack, python_attention, token_dims
-from lightning_compress.tokens.tap import AttentionTap
+from lightning_compress.tokens.tap import AttentionTap, Heard
 
 Mode = Literal["off", "soft", "mask", "gather"]
 MODES: tuple[Mode, ...] = ("off", "soft", "mask", "gather")
@@ -102,6 +110,7 @@ class _Forward:
     frozen: bool = False  # whether there are present tokens that do not take part
     index: Tensor | None = None  # int64 (batch, present), where the present tokens were; None: none has left
     valid: Tensor | None = None  # bool (batch, present), slots that hold a token; None: all
+    counts: tuple[int, ...] | None = None  # number of slots of each row that hold a token; None: all
     protected: Tensor | None = None  # bool (batch, present)
     accumulated: Tensor | None = None  # sums of scores
     mask: Tensor | None = None  # soft: the mask in force, (batch, tokens)
@@ -135,6 +144,7 @@ class TokenRuntime:
         soft: settings for the mode "soft".
         multiple: repacked batches have a multiple of so many slots (8 for half precision on GPUs).
         worthwhile: tokens only leave if at least this fraction of the slots is saved; otherwise they are masked.
+        saving: rows are computed in groups of similar length where a cut saves at least so many slots.
         decide: takes the place of the policy (in proofs).
         counts: what the last forward did.
     """
@@ -171,6 +181,7 @@ class TokenRuntime:
         self.soft: SoftPruning | None = None
         self.multiple = 1
         self.worthwhile = 0.05
+        self.saving = 64
         self.decide: Decide | None = None
         self.inspect = False
         self.counts: TokenCounts | None = None
@@ -233,24 +244,17 @@ class TokenRuntime:
             args, kwargs = self._narrowed(state, hidden, args, kwargs)
         state.layer += 1
         last = state.layer == len(self.stack.layers)
-        tap = AttentionTap(
-            hidden.shape[0],
-            hidden.shape[1],
-            key_bias=_key_bias(state, hidden),
-            query_weights=_query_weights(state, hidden),
-            find_real=number == 0,
-            wanted=not last,
-            inspect=self.inspect,
+        ask = _Ask(number == 0, not last, self.inspect)
+        bias, weights = _key_bias(state, hidden), _query_weights(state, hidden)
+        groups = (
+            group_rows(state.counts, saving=self.saving) if state.counts is not None and state.valid is not None else []
         )
-        with tap:
-            output = original(*args, **kwargs)
-        heard = tap.one(name)
+        if len(groups) > 1:
+            output, heard = self._in_groups(state, groups, original, name, (hidden, args, kwargs), bias, weights, ask)
+        else:
+            output, heard = _listen(original, name, (hidden, args, kwargs), bias, weights, ask)
         new = output_state(output)
-        if new is None or new.shape != hidden.shape:
-            raise TokenPruningError(
-                f"Expected the layer {name!r} to return a state of shape {tuple(hidden.shape)}, but got "
-                f"{type(output).__name__ if new is None else tuple(new.shape)}."
-            )
+        assert new is not None
         if number == 0:
             state.real = heard.real
         changed = self._frozen(state, hidden, new)
@@ -263,6 +267,60 @@ class TokenRuntime:
             changed = self._decided(state, number, heard.scores, changed)
         return output if changed is new else with_state(output, changed)
 
+    def _in_groups(
+        self,
+        state: _Forward,
+        groups: list[RowGroup],
+        original: Callable[..., Any],
+        name: str,
+        call: tuple[Tensor, tuple[Any, ...], dict[str, Any]],
+        bias: Tensor | None,
+        weights: Tensor | None,
+        ask: _Ask,
+    ) -> tuple[Any, Heard]:
+        """A layer called once for each group of rows; the parts put together again."""
+        hidden, args, kwargs = call
+        batch, slots = hidden.shape[:2]
+        states, scores = [], []
+        for group in groups:
+            rows = torch.tensor(group.rows, device=hidden.device)
+
+            def cut(value: Tensor, rows: Tensor = rows, width: int = group.slots) -> Tensor:
+                return value.index_select(0, rows)[:, :width]
+
+            part = cut(hidden)
+
+            def visit(
+                path: str, value: Tensor, rows: Tensor = rows, width: int = group.slots, part: Any = part
+            ) -> Tensor:
+                if value is hidden:
+                    return part
+                if value.dim() and value.shape[0] == batch:
+                    value = value.index_select(0, rows)
+                for dim in self._dims(state, path, value, slots):
+                    value = value.narrow(dim, 0, width)
+                return value
+
+            own_args, own_kwargs = with_tensors(args, kwargs, visit)
+            masked = state.shown is not state.valid or any(state.counts[r] < group.slots for r in group.rows)
+            output, heard = _listen(
+                original,
+                name,
+                (part, own_args, own_kwargs),
+                None if bias is None or not masked else cut(bias),
+                None if weights is None or not masked else cut(weights),
+                ask,
+            )
+            new = output_state(output)
+            assert new is not None
+            states.append(nn.functional.pad(new, (0, 0, 0, slots - group.slots)))
+            if heard.scores is not None:
+                scores.append(nn.functional.pad(heard.scores, (0, slots - group.slots)))
+        order = torch.tensor([row for group in groups for row in group.rows], device=hidden.device).argsort()
+        together = torch.cat(states).index_select(0, order)
+        received = torch.cat(scores).index_select(0, order) if scores else None
+        return with_state(output, together), Heard(received)
+
     def _hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Tensor:
         kind, _, key = self.stack.state.partition(".")
         value = None
@@ -272,8 +330,8 @@ class TokenRuntime:
             value = kwargs.get(key)
         if not isinstance(value, Tensor) or value.dim() != 3 or value.is_nested:
             raise TokenPruningError(
-                f"Expected the hidden state (batch, tokens, width) at {self.stack.state} of the layer {name!r}, as in the "
-                f"example, but got {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}."
+                f"Expected the hidden state (batch, tokens, width) at {self.stack.state} of the layer {name!r}, as in "
+                f"the example, but got {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}."
             )
         return value
 
@@ -306,17 +364,21 @@ class TokenRuntime:
             held = state.gathered.get(id(value))
             if held is not None and held[0] is value:
                 return held[1]
-            dims = self.stack.dims.get(path)
-            if dims is None:
-                dims = token_dims(value, state.batch, state.tokens)
-            dims = tuple(d for d in dims if -d <= value.dim() and value.shape[d] == state.tokens)
+            dims = self._dims(state, path, value, state.tokens)
             if not dims:
                 return value
-            gathered = gather_dims(value, tuple(d % value.dim() for d in dims), index)
+            gathered = gather_dims(value, dims, index)
             state.gathered[id(value)] = (value, gathered)
             return gathered
 
         return with_tensors(args, kwargs, visit)
+
+    def _dims(self, state: _Forward, path: str, value: Tensor, tokens: int) -> tuple[int, ...]:
+        """Dims of an argument that run over ``tokens`` tokens."""
+        dims = self.stack.dims.get(path)
+        if dims is None:
+            dims = token_dims(value, state.batch, tokens)
+        return tuple(dim % value.dim() for dim in dims if -dim <= value.dim() and value.shape[dim] == tokens)
 
     def _frozen(self, state: _Forward, hidden: Tensor, new: Tensor) -> Tensor:
         """Tokens that were pruned before this layer keep the state that they had."""
@@ -348,7 +410,7 @@ class TokenRuntime:
             keep = self.policy.keep(number, scores, active, state.real_count(hidden), state.protected, self.min_keep)
         if state.mode == "gather":
             packing = repack(keep, self.multiple)
-            if packing.index.shape[1] <= (1 - self.worthwhile) * hidden.shape[1]:
+            if sum(packing.counts) <= (1 - self.worthwhile) * keep.numel():
                 return self._gathered(state, packing, hidden)
         state.shown, state.frozen = keep, True
         return hidden
@@ -358,6 +420,7 @@ class TokenRuntime:
             state.stages.append((hidden, state.index, state.valid))
         state.index = packing.index if state.index is None else state.index.gather(1, packing.index)
         state.valid = state.shown = packing.valid
+        state.counts = packing.counts
         state.frozen = False
         state.gathered.clear()
         if state.protected is not None:
@@ -405,6 +468,46 @@ class TokenRuntime:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "counts": None, "_forward": None, "protected_mask": None}
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """What the tap is to find out."""
+
+    real: bool
+    scores: bool
+    inspect: bool
+
+
+def _listen(
+    original: Callable[..., Any],
+    name: str,
+    call: tuple[Tensor, tuple[Any, ...], dict[str, Any]],
+    bias: Tensor | None,
+    weights: Tensor | None,
+    ask: _Ask,
+) -> tuple[Any, Heard]:
+    """One call of a layer with the tap on its attention."""
+    hidden, args, kwargs = call
+    tap = AttentionTap(
+        hidden.shape[0],
+        hidden.shape[1],
+        key_bias=bias,
+        query_weights=weights,
+        find_real=ask.real,
+        wanted=ask.scores,
+        inspect=ask.inspect,
+    )
+    with tap:
+        output = original(*args, **kwargs)
+    heard = tap.one(name)
+    new = output_state(output)
+    if new is None or new.shape != hidden.shape:
+        raise TokenPruningError(
+            f"Expected the layer {name!r} to return a state of shape {tuple(hidden.shape)}, but got "
+            f"{type(output).__name__ if new is None else tuple(new.shape)}."
+        )
+    return output, heard
 
 
 def _key_bias(state: _Forward, hidden: Tensor) -> Tensor | None:
@@ -497,15 +600,16 @@ def install_tokens(model: nn.Module, runtime: TokenRuntime) -> TokenRuntime:
     """
     if token_runtime(model) is not None:
         raise TokenPruningError(
-            "Expected a model without token pruning, but it has a runtime already. Take it off first: remove_tokens(model)."
+            "Expected a model without token pruning, but it has a runtime already. Take it off first: "
+            "remove_tokens(model)."
         )
     modules = dict(model.named_modules())
     wanted = [runtime.stack.owner, *runtime.stack.layers]
     missing = [name for name in wanted if name not in modules]
     if missing:
         raise TokenPruningError(
-            f"Expected a model with the modules {missing[:3]} of the stack, but {type(model).__name__} has none of these "
-            "names."
+            f"Expected a model with the modules {missing[:3]} of the stack, but {type(model).__name__} has none of "
+            "these names."
         )
     owner = modules[runtime.stack.owner]
     _replace(_OwnerForward(runtime, owner, runtime.stack.owner))

@@ -1,8 +1,8 @@
 """Finding the stack of layers by its structure, from one run of an example: no class names, no registry.
 
-A layer is a module that maps (batch, tokens, width) to the same shape with exactly one attention over its tokens inside;
-a stack is a chain of calls of layers in which each gets what the one before returned. One module may be called many
-times.
+A layer is a module that maps (batch, tokens, width) to the same shape with exactly one attention over its tokens
+inside; a stack is a chain of calls of layers in which each gets what the one before returned. One module may be called
+many times.
 """
 
 from __future__ import annotations
@@ -240,12 +240,12 @@ def _nothing(calls: list[LayerCall]) -> str:
     assert state is not None
     rows, queries, keys = outer.attention[0]
     message += (
-        f"{outer.name!r}, which returns {tuple(state.shape)} and whose attention has {rows} rows of {queries} queries and "
-        f"{keys} keys. "
+        f"{outer.name!r}, which returns {tuple(state.shape)} and whose attention has {rows} rows of {queries} queries "
+        f"and {keys} keys. "
     )
     if state.dim() == 3 and queries == keys == state.shape[0]:
         return message + "It has the tokens first: build it with batch_first=True."
-    if state.dim() == 3 and rows > state.shape[0] or state.dim() == 4:
+    if (state.dim() == 3 and rows > state.shape[0]) or state.dim() == 4:
         return message + "Attention within windows, or over a map: tokens that leave would move the others."
     return message + "Every token must attend to every token of its row."
 

@@ -1,8 +1,8 @@
 """Listening to attention where it is computed: no modeling file is copied, no architecture is known.
 
-Self-attention over n tokens passes through `torch.nn.functional.scaled_dot_product_attention`, or through a softmax over
-scores of shape (batch, heads, n, n). A `TorchFunctionMode` sees either call, adds a bias to the keys (tokens that are
-pruned, in part or whole, and slots that a repacked row does not fill), and hands out how much attention each token
+Self-attention over n tokens passes through `torch.nn.functional.scaled_dot_product_attention`, or through a softmax
+over scores of shape (batch, heads, n, n). A `TorchFunctionMode` sees either call, adds a bias to the keys (tokens that
+are pruned, in part or whole, and slots that a repacked row does not fill), and hands out how much attention each token
 received.
 """
 
@@ -183,8 +183,8 @@ class AttentionTap(TorchFunctionMode):
 def with_inner_attention(mode: TorchFunctionMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`torch.nn.functional.multi_head_attention_forward`, whose inner calls go through ``mode``, too.
 
-    The function is one call to a mode, and what it calls inside would pass by; so for its time the names that it looks up
-    stand for calls through the mode. Calls of other threads are let through.
+    The function is one call to a mode, and what it calls inside would pass by; so for its time the names that it looks
+    up stand for calls through the mode. Calls of other threads are let through.
     """
     thread = threading.get_ident()
 
