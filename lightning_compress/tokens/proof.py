@@ -116,7 +116,7 @@ class _Trial:
     @contextmanager
     def installed(self, stack: TokenStack, mode: Any, scatter: bool = True) -> Iterator[TokenRuntime]:
         runtime = TokenRuntime(
-            stack, KeepAll(len(stack.layers) - 1), protected=self.protected, scatter=scatter, mode=mode
+            stack, KeepAll(), protected=self.protected, scatter=scatter, mode=mode
         )
         runtime.worthwhile, runtime.saving = 0.0, 1
         install_tokens(self.model, runtime)

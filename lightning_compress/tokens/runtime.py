@@ -159,7 +159,7 @@ class TokenRuntime:
         mode: Mode = "gather",
         train_mode: Mode | None = None,
     ) -> None:
-        if policy.layers != len(stack.layers) - 1:
+        if policy.layers not in (None, len(stack.layers) - 1):
             raise TokenPruningError(
                 f"Expected a policy with one decision after each of the {len(stack.layers)} layers but the last, "
                 f"{len(stack.layers) - 1}, but got one for {policy.layers}."
@@ -396,7 +396,7 @@ class TokenRuntime:
         if state.mode == "soft":
             return self._softly(state, number, scores, hidden)
         scores = scores.detach()
-        if getattr(self.policy, "accumulated", False):
+        if self.policy.accumulated:
             state.accumulated = scores if state.accumulated is None else state.accumulated + scores
             scores = state.accumulated
         active = state.real if number == 0 else state.shown
@@ -407,7 +407,8 @@ class TokenRuntime:
             if state.protected is not None:
                 keep = keep | (state.protected & active)
         else:
-            keep = self.policy.keep(number, scores, active, state.real_count(hidden), state.protected, self.min_keep)
+            real = state.real_count(hidden).long()
+            keep = self.policy.keep(number, scores, active, real, state.protected, self.min_keep)
         if state.mode == "gather":
             packing = repack(keep, self.multiple)
             if sum(packing.counts) <= (1 - self.worthwhile) * keep.numel():
