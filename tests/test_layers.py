@@ -18,6 +18,7 @@ LAYERS = (  # from low to high: a module imports from its own layer and from tho
         "quantizers",
         "timing",
         "token_scores",
+        "token_switch",
     },
     {"structures", "plan", "plan_format", "strict_json"},
     {"discovery", "importance", "costs", "unit_groups"},
