@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from math import inf, isfinite
 from typing import Any, NoReturn
 
 SHOWN = 80
@@ -68,6 +69,24 @@ class StrictReader:
         """An integer from ``low`` to ``high``."""
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             self.refuse(path, f"an integer from {low} to {high}", value)
+        return value
+
+    def number(self, value: Any, path: str, low: float, high: float) -> float:
+        """A finite number from ``low`` to ``high``."""
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+            self.refuse(path, f"a number from {low} to {high}", value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = inf
+        if not isfinite(number):
+            self.refuse(path, "a finite number", value)
+        return number
+
+    def boolean(self, value: Any, path: str) -> bool:
+        """True or False."""
+        if not isinstance(value, bool):
+            self.refuse(path, "true or false", value)
         return value
 
     def _refuse_constant(self, name: str) -> NoReturn:

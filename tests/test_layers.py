@@ -20,7 +20,7 @@ LAYERS = (  # from low to high: a module imports from its own layer and from tho
         "token_scores",
         "token_switch",
     },
-    {"structures", "plan", "plan_format", "strict_json"},
+    {"structures", "plan", "plan_format", "strict_json", "token_policies"},
     {"discovery", "importance", "costs", "unit_groups"},
     {"budget", "surgery", "latency", "tokens", "quantization"},
     {"analysis", "explanation", "report", "export", "saving", "vocabulary"},
