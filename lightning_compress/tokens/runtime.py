@@ -566,9 +566,9 @@ class _Forwarded:
     def original(self) -> Callable[..., Any]:
         return self.previous if self.previous is not None else type(self.module).forward.__get__(self.module)
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.original())
+    def __post_init__(self) -> None:
+        # callers that look at the signature of a forward do so in every call
+        self.__signature__ = inspect.signature(self.original())
 
 
 class _OwnerForward(_Forwarded):
@@ -613,16 +613,16 @@ def install_tokens(model: nn.Module, runtime: TokenRuntime) -> TokenRuntime:
             "these names."
         )
     owner = modules[runtime.stack.owner]
-    _replace(_OwnerForward(runtime, owner, runtime.stack.owner))
+    _replace(_OwnerForward(runtime, owner, runtime.stack.owner, vars(owner).get("forward")))
     for name in dict.fromkeys(runtime.stack.layers):
-        _replace(_LayerForward(runtime, modules[name], name))
+        layer = modules[name]
+        _replace(_LayerForward(runtime, layer, name, vars(layer).get("forward")))
     vars(model)[RUNTIME] = runtime
     model.register_forward_pre_hook(_check_call, with_kwargs=True)
     return runtime
 
 
 def _replace(forward: _Forwarded) -> None:
-    forward.previous = vars(forward.module).get("forward")
     vars(forward.module)["forward"] = forward
 
 

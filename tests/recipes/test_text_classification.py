@@ -264,6 +264,20 @@ def test_command_line_learns(pretrained: Path, sentences: Path, tmp_path: Path) 
     assert last(rows, "val_accuracy") >= 0.9
 
 
+def test_the_command_of_the_readme_runs(pretrained: Path, sentences: Path, tmp_path: Path) -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    line = next(line for line in page.splitlines() if line.strip().startswith("python recipes/text_classification.py"))
+    words = line.replace("path/to/model", str(pretrained)).replace("path/to/sst2", str(sentences)).split()
+    assert {"callbacks/hoyer_square.yaml", "callbacks/finalize.yaml"} <= set(words)
+    command = [sys.executable, *words[1:], "--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--data.batch_size=8"]
+    command += ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}", "--trainer.precision=32-true"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with next(tmp_path.rglob("metrics.csv")).open() as file:
+        assert 0.3 < last(list(csv.DictReader(file)), "compression/macs_kept") <= 0.4
+
+
 def test_presets_compress(pretrained: Path, sentences: Path, tmp_path: Path) -> None:
     presets = [f"--config={ROOT / 'callbacks' / name}.yaml" for name in ("group_lasso", "finalize", "distillation")]
     rows = run_recipe(pretrained, sentences, tmp_path, *presets)
