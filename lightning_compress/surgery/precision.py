@@ -241,3 +241,21 @@ def zero_positions(tensors: Mapping[str, Tensor], removed: Mapping[tuple[str, in
     for (name, axis), positions in removed.items():
         data = tensors[name].data
         data.index_fill_(axis, positions.to(data.device), 0)
+
+
+def read_positions(
+    tensors: Mapping[str, Tensor], places: Mapping[tuple[str, int], Tensor]
+) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+    """Copies of what lies at the positions ``places[parameter, axis]``, with the positions."""
+    found = {}
+    for (name, axis), positions in places.items():
+        data = tensors[name].data
+        found[name, axis] = (positions, data.index_select(axis, positions.to(data.device)))
+    return found
+
+
+def write_positions(tensors: Mapping[str, Tensor], values: Mapping[tuple[str, int], tuple[Tensor, Tensor]]) -> None:
+    """Write back what ``read_positions`` has read, in place."""
+    for (name, axis), (positions, value) in values.items():
+        data = tensors[name].data
+        data.index_copy_(axis, positions.to(data.device), value)

@@ -5,13 +5,15 @@
     a way     = the first edits with max |attempt - reference| / max(1, max |reference|) <= tolerance
 
 Attempts run on the innermost module that holds the structure, with the inputs that it had in the reference run; what
-was found is confirmed on the whole model, all structures together.
+was found is confirmed on the whole model, all structures together. While a way of one structure is looked for, those
+that share weights or sizes with it are whole: among silent dims, another number of heads may compute the same.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +33,14 @@ from lightning_compress.surgery.depth import KIND as LAYER
 from lightning_compress.surgery.depth import find_layer
 from lightning_compress.surgery.edits import Removal, faced_side, install, module_edits, outside, shim_dim, zeroed_axes
 from lightning_compress.surgery.modules import container_of
-from lightning_compress.surgery.precision import add_noise, add_tiled, to_double, zero_positions
+from lightning_compress.surgery.precision import (
+    add_noise,
+    add_tiled,
+    read_positions,
+    to_double,
+    write_positions,
+    zero_positions,
+)
 from lightning_compress.surgery.renumber import Renumbering
 from lightning_compress.surgery.shim import Side
 from lightning_compress.surgery.silence import silence
@@ -41,6 +50,8 @@ from lightning_compress.surgery.ways import Found, edited, frozen_shims, harmoni
 
 # Forward passes that the search for the attributes of one structure may take, per place where it looks.
 ATTEMPTS = 64
+# A way with a larger error than this is taken only if no other is better: rounding in float64 is smaller.
+EXACT = 1e-11
 NO_INFLUENCE = "its weights do not influence the outputs of the traced call, so that nothing can be verified"
 
 
@@ -98,7 +109,11 @@ class Workbench:
         self._renumbering = Renumbering(model, removals, args, kwargs)
         loose = {p.parameter for r in removals for p in r.structure.slices if p.zero and not self._sides(p)}
         self._unzeroed = {name: self.tensors[name].data.clone() for name in loose}
+        self._near = {name: self._near_of(r.structure) for name, r in self.removals.items()}
+        shared = set().union(*self._near.values())
+        self._values = {n: read_positions(self.tensors, zeroed_axes([self.removals[n]])) for n in sorted(shared)}
         zero_positions(self.tensors, zeroed_axes(removals))
+        self._stale = False
         with silence(self.modules, removals):
             self.reference = self._watched_run({self._place(r.structure) for r in removals if r.structure.tier is None})
 
@@ -197,6 +212,8 @@ class Workbench:
 
     def error_of(self, removals: Sequence[Removal], path: str = "") -> float:
         """Error with ``removals`` carried out, then rolled back; raises what the forward or the edits raise."""
+        if not path:
+            self._renew("")
         names = {r.structure.name for r in removals}
         bystanders = [s for s in self.structures.values() if s.name not in names]
         transaction = Transaction(self._touched([*removals, *(self.removals[n] for n in names)]))
@@ -239,13 +256,19 @@ class Workbench:
 
     def attempt(self, removals: Sequence[Removal], path: str = "") -> str | None:
         """None if ``removals`` leave the outputs equal, else the reason in words."""
+        outcome = self._outcome(removals, path)
+        return None if isinstance(outcome, float) else outcome
+
+    def _outcome(self, removals: Sequence[Removal], path: str, limit: float | None = None) -> float | str:
+        """The error of ``removals`` if it is within ``limit`` (the tolerance), else the reason in words."""
         try:
             error = self.error_of(removals, path)
         except Mismatch as mismatch:
             return str(mismatch)
         except Exception as failure:  # the user's forward may raise anything when sizes do not fit
             return f"{type(failure).__name__}: {' '.join(str(failure).split())[:160]}"
-        return None if error <= self.tolerance else f"the outputs differ by {error:.1e}"
+        within = error <= (self.tolerance if limit is None else limit)
+        return error if within else f"the outputs differ by {error:.1e}"
 
     def influences(self, structure: Structure, path: str) -> bool:
         """Whether the weights that silence the units of ``structure`` have a say in what the module ``path`` returns.
@@ -255,6 +278,8 @@ class Workbench:
         All units are asked together: a single one may be dead on the example, and removing it is none the worse for
         that.
         """
+        if not path:
+            self._renew("")
         if structure.kind == LAYER:
             return self._compare(path, {structure.name}) > self.tolerance
         saved = {piece.parameter: self.tensors[piece.parameter].data for piece in structure.slices if piece.zero}
@@ -278,9 +303,74 @@ class Workbench:
 
     # The search
 
+    def _near_of(self, structure: Structure) -> frozenset[str]:
+        """The other removals that share weights or sizes with ``structure``."""
+        weights = set(structure.parameters)
+        counted = set().union(*(size.variables for size in structure.sizes))
+        return frozenset(
+            name
+            for name, removal in self.removals.items()
+            if name != structure.name and (name in counted or not weights.isdisjoint(removal.structure.parameters))
+        )
+
+    @contextmanager
+    def _alone(self, structure: Structure, place: str) -> Iterator[None]:
+        """Context in which what shares weights or sizes with ``structure`` is whole, in the reference too.
+
+        It stays silent where the module ``place`` does not bear it whole.
+        """
+        near = self._near.get(structure.name, frozenset())
+        before = (self.removals, self.reference, self._calls)
+        alone = {name: removal for name, removal in self.removals.items() if name not in near}
+        if near:
+            for name in near:
+                write_positions(self.tensors, self._values[name])
+            zero_positions(self.tensors, zeroed_axes(alone.values()))
+            self.removals, self._calls, self._stale = alone, dict(self._calls), True
+            try:
+                self._renew(place)
+            except Exception:  # foreign code, or NaN
+                self._silent_again(*before)
+        try:
+            yield
+        finally:
+            if self.removals is alone:
+                inputs = self._calls.get(place)
+                self._silent_again(*before)
+                if inputs is not None and inputs.args is not self._calls[place].args:
+                    with suppress(Exception):  # the inputs that were found to say more, see _enlivened
+                        self._calls[place] = self._answered(place, inputs)
+
+    def _silent_again(self, removals: dict[str, Removal], reference: Outputs, calls: dict[str, Call]) -> None:
+        zero_positions(self.tensors, zeroed_axes(removals.values()))
+        self.removals, self.reference, self._calls, self._stale = removals, reference, calls, False
+
+    def _renew(self, place: str) -> None:
+        """Bring the reference of ``place`` up to date; that of the whole model only when it is asked for."""
+        if place and place in self._calls:
+            call = self._calls[place]
+            new = self._answered(place, call)
+            if difference(new.outputs, new.outputs) == 0:
+                self._calls[place] = new
+            return
+        if self._stale:
+            with silence(self.modules, self.removals.values()):
+                self.reference = self._rehearsal.reference(self._args, self._kwargs)
+            self._stale = False
+
+    def _answered(self, place: str, call: Call) -> Call:
+        """``call`` with the outputs that the module ``place`` returns now."""
+        with silence(self.modules, self.removals.values()):
+            outputs = self._rehearsal.run(self.modules[place], call.args, call.kwargs)
+        return replace(call, outputs={key: output for key, output in outputs.items() if key in call.outputs})
+
     def find(self, removal: Removal) -> Found | str:
         """The first way in which ``removal`` goes alone, or the reasons why none does."""
         place = self._place_to_try(removal.structure)
+        with self._alone(removal.structure, place):
+            return self._find(removal, place)
+
+    def _find(self, removal: Removal, place: str) -> Found | str:
         if not self.influences(removal.structure, place) and not self._enlivened(removal.structure, place):
             return self._find_silent(removal, place)
         if removal.structure.kind == "expert":
@@ -431,19 +521,23 @@ class Workbench:
     ) -> Found | str:
         reasons: Counter[str] = Counter()
         tried: set[tuple[str, frozenset[Candidate]]] = set()
+        inexact: Found | None = None
         for place, pool, limit in pools:
             for selection in selections(pool, limit):
                 if (place, frozenset(selection)) in tried:
                     continue
                 tried.add((place, frozenset(selection)))
-                reason = self.attempt([edited(removal, tier, base, selection)], place)
-                if reason is not None:
-                    reasons[reason] += 1
+                error = self._outcome([edited(removal, tier, base, selection)], place)
+                if isinstance(error, str):
+                    reasons[error] += 1
+                    continue
+                if error > EXACT and inexact is not None:
                     continue
                 needed = list(selection)
                 for candidate in selection:
                     fewer = [c for c in needed if c is not candidate]
-                    if self.attempt([edited(removal, tier, base, fewer)], place) is None:
+                    outcome = self._outcome([edited(removal, tier, base, fewer)], place, max(error, EXACT))
+                    if isinstance(outcome, float):
                         needed = fewer
                 way = edited(removal, tier, base, needed)
                 if place and self._shared_beyond(removal.structure, place):
@@ -451,8 +545,11 @@ class Workbench:
                     if beyond is not None:
                         reasons[beyond] += 1
                         continue
-                return Found(way.structure, tuple(c.key for c in needed))
-        return f"{reasons.most_common(1)[0][0]} ({sum(reasons.values())} attempts)"
+                found = Found(way.structure, tuple(c.key for c in needed))
+                if error <= EXACT:
+                    return found
+                inexact = found
+        return inexact or f"{reasons.most_common(1)[0][0]} ({sum(reasons.values())} attempts)"
 
     def _shared_beyond(self, structure: Structure, place: str) -> bool:
         """Whether a module outside ``place`` shares a tensor of ``structure``, which a run of ``place`` cannot see."""
@@ -546,7 +643,8 @@ class Workbench:
         # its edits may come from elsewhere, from a look-alike: look for them here, too
         searches: list[Callable[[Removal, str], Found | str]] = [self._find_native, self._find_shim]
         for search in searches:
-            found = search(bare, place)
+            with self._alone(bare.structure, place):
+                found = search(bare, place)
             if isinstance(found, str):
                 continue
             other = replace(bare, structure=found.structure)

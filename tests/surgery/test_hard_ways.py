@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_compress.analysis import discover
 from lightning_compress.plan import PruningPlan
-from lightning_compress.structures import Structures, named_tensors
+from lightning_compress.structures import AttributeEdit, Structures, named_tensors
 from lightning_compress.surgery import SurgeryError, apply_plan, zero_units
 from lightning_compress.surgery.calibration import calibrate
 from lightning_compress.surgery.precision import DoubleWeights
@@ -262,3 +262,30 @@ class Pooling(nn.Module):
 def test_attention_of_learned_queries_loses_heads_and_dims() -> None:
     proven = halve(built(Pooling), noise(2, 6, 6))
     assert [s.units for s in proven if "attention.in_proj_weight" in s.parameters and s.units < 20] == [4, 5, 5]
+
+
+class TwoByTwo(nn.Module):
+    """Two heads of two dims: where every count loses one, two heads of one dim compute what one head does."""
+
+    def __init__(self, scale: float = 0.4) -> None:
+        super().__init__()
+        self.heads, self.scale = 2, scale
+        self.q, self.k, self.v = (nn.Linear(3, 4) for _ in range(3))
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2) for p in (self.q, self.k, self.v))
+        return self.out(((q @ k.mT * self.scale).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_heads_are_counted_although_their_dims_go_too() -> None:
+    proven = discover(built(TwoByTwo), (noise(2, 3, 3),), prove=True)
+    edits = {s.kind: [edit.attribute for edit in s.edits if isinstance(edit, AttributeEdit)] for s in proven}
+    assert edits == {"head": ["heads"], "qk_dim": [], "vo_dim": []}
+    halve(built(TwoByTwo), noise(2, 3, 3))
+
+
+def test_an_exact_way_is_preferred_to_one_within_the_tolerance() -> None:
+    proven = discover(built(TwoByTwo, 1e-7), (noise(2, 3, 3),), prove=True)  # nearly uniform, however heads are cut
+    (head,) = (s for s in proven if s.kind == "head")
+    assert [edit.attribute for edit in head.edits if isinstance(edit, AttributeEdit)] == ["heads"]

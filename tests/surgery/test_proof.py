@@ -161,13 +161,13 @@ def test_no_structures() -> None:
 class Attempts:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.places: list[str] = []
-        original = Workbench.attempt
+        original = Workbench.error_of
 
-        def attempt(bench: Workbench, removals: Any, path: str = "") -> Any:
+        def error_of(bench: Workbench, removals: Any, path: str = "") -> Any:
             self.places.append(path)
             return original(bench, removals, path)
 
-        monkeypatch.setattr(Workbench, "attempt", attempt)
+        monkeypatch.setattr(Workbench, "error_of", error_of)
 
 
 def test_look_alikes_share_one_search(monkeypatch: pytest.MonkeyPatch) -> None:
