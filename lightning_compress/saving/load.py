@@ -77,6 +77,8 @@ def load_compressed(
             ) from failure
     check_fit(model, manifest.tensors, manifest.shared)
     fill(model, tensors, manifest.shared)
+    for record in manifest.tokens:
+        record.install(model)
     return model.eval()
 
 

@@ -7,7 +7,8 @@
  "base": {"library": "transformers", "class": ..., "config": {...}},  or null: a factory is needed
  "versions": {"torch": "2.13.0", ...},
  "files": {"model.safetensors": {"bytes": 8192, "sha256": "..."}},
- "quantization": null, "token_pruning": null}
+ "quantization": null,
+ "token_pruning": [{"module": "", "runtime": {...}}]}                 tokens/record.py
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 
 from lightning_compress.plan import PruningPlan
 from lightning_compress.strict_json import StrictReader
+from lightning_compress.tokens.record import TokenRecord, read_token_record
 
 FORMAT, VERSION = "lightning_compress.model", 1
 MANIFEST, WEIGHTS = "compression.json", "model.safetensors"
@@ -88,6 +90,7 @@ class Manifest:
     base: Base | None
     versions: Mapping[str, str]
     files: Mapping[str, FileEntry]
+    tokens: tuple[TokenRecord, ...] = ()
 
     def to_json(self) -> str:
         """The text of ``compression.json``."""
@@ -103,7 +106,7 @@ class Manifest:
             "versions": dict(self.versions),
             "files": {n: {"bytes": f.bytes, "sha256": f.sha256} for n, f in self.files.items()},
             "quantization": None,
-            "token_pruning": None,
+            "token_pruning": [{"module": t.module, "runtime": t.state} for t in self.tokens] or None,
         }
         return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
@@ -116,9 +119,9 @@ class Manifest:
         read.string(data["format"], "format", [FORMAT])
         if data["version"] != VERSION or isinstance(data["version"], bool):
             read.refuse("version", f"{VERSION} (newer files need a newer lightning_compress)", data["version"])
-        for part in ("quantization", "token_pruning"):
-            if data[part] is not None:
-                read.refuse(part, "null (other parts need a newer lightning_compress)", data[part])
+        if data["quantization"] is not None:
+            read.refuse("quantization", "null (other parts need a newer lightning_compress)", data["quantization"])
+        tokens = () if data["token_pruning"] is None else read.items(data["token_pruning"], "token_pruning")
         tensors = {n: _tensor(v, f"tensors[{n!r}]") for n, v in read.mapping(data["tensors"], "tensors").items()}
         shared = {n: read.string(v, f"shared[{n!r}]") for n, v in read.mapping(data["shared"], "shared").items()}
         for name, first in shared.items():
@@ -135,6 +138,7 @@ class Manifest:
             base=_base(data["base"]),
             versions={n: read.string(v, f"versions[{n!r}]") for n, v in versions.items()},
             files=files,
+            tokens=tuple(read_token_record(item, path) for path, item in tokens),
         )
 
 

@@ -19,6 +19,7 @@ from lightning_compress.saving.load import load_compressed
 from lightning_compress.saving.manifest import MANIFEST, WEIGHTS, FileEntry, Manifest
 from lightning_compress.saving.state import entries, state_of
 from lightning_compress.surgery.record import records
+from lightning_compress.tokens.record import token_records
 
 LIBRARIES = ("lightning-compress", "torch", "lightning", "transformers", "safetensors")
 
@@ -65,6 +66,7 @@ def save_compressed(
             base=base_of(model),
             versions=_versions(),
             files={WEIGHTS: FileEntry((work / WEIGHTS).stat().st_size, sha256(work / WEIGHTS))},
+            tokens=token_records(model),
         )
         (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         if factory is not None or manifest.base is not None:

@@ -115,9 +115,7 @@ class _Trial:
 
     @contextmanager
     def installed(self, stack: TokenStack, mode: Any, scatter: bool = True) -> Iterator[TokenRuntime]:
-        runtime = TokenRuntime(
-            stack, KeepAll(), protected=self.protected, scatter=scatter, mode=mode
-        )
+        runtime = TokenRuntime(stack, KeepAll(), protected=self.protected, scatter=scatter, mode=mode)
         runtime.worthwhile, runtime.saving = 0.0, 1
         install_tokens(self.model, runtime)
         try:
