@@ -40,11 +40,11 @@ from lightning_compress.unit_groups import UnitGroups
 from lightning_compress.vocabulary import trim_tokenizer, used_ids
 
 if TYPE_CHECKING:
-    from lightning_compress.callbacks import Distillation, FinalizeCompression, StructuredSparsity
+    from lightning_compress.callbacks import Distillation, FinalizeCompression, StructuredSparsity, TokenPruning
 
 __version__ = "0.1.0"
 
-_CALLBACKS = ("Distillation", "FinalizeCompression", "StructuredSparsity", "load_from_checkpoint")
+_CALLBACKS = ("Distillation", "FinalizeCompression", "StructuredSparsity", "TokenPruning", "load_from_checkpoint")
 
 __all__ = [
     "EXACT_KINDS",
@@ -67,6 +67,7 @@ __all__ = [
     "SurgeryError",
     "SurgeryReport",
     "TaylorAccumulator",
+    "TokenPruning",
     "UnitCost",
     "UnitGroups",
     "apply_plan",

@@ -4,5 +4,6 @@ from lightning_compress.callbacks.distillation import Distillation
 from lightning_compress.callbacks.finalize_compression import FinalizeCompression
 from lightning_compress.callbacks.loading import load_from_checkpoint
 from lightning_compress.callbacks.structured_sparsity import StructuredSparsity
+from lightning_compress.callbacks.token_pruning import TokenPruning
 
-__all__ = ["Distillation", "FinalizeCompression", "StructuredSparsity", "load_from_checkpoint"]
+__all__ = ["Distillation", "FinalizeCompression", "StructuredSparsity", "TokenPruning", "load_from_checkpoint"]

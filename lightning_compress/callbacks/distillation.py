@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -18,7 +18,9 @@ from torch.utils import _pytree as pytree
 
 from lightning_compress.callbacks.moments import FitLength
 from lightning_compress.callbacks.session import CompressionSession, is_redirected_step, traced_module
+from lightning_compress.callbacks.training_step import with_loss, wrap_training_step
 from lightning_compress.distillation_losses import logits_kl, output_mse
+from lightning_compress.tokens.runtime import remove_tokens, token_runtime
 
 
 @dataclass
@@ -99,7 +101,7 @@ class Distillation(Callback):
         self._length: FitLength | None = None
         self._start: float | None = None
         self._due = False
-        self._wrapped: pl.LightningModule | None = None
+        self._unwrap: Callable[[], None] | None = None
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -152,7 +154,7 @@ class Distillation(Callback):
             self._teacher = self._given.to(pl_module.device).eval()
         elif self._teacher is not None:
             self._teacher.to(pl_module.device)  # from a checkpoint
-        self._wrap(pl_module)
+        self._unwrap = wrap_training_step(pl_module, "Distillation", partial(self._step, pl_module))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -189,9 +191,9 @@ class Distillation(Callback):
         return self._session
 
     def _leave(self) -> None:
-        if self._wrapped is not None:
-            vars(self._wrapped).pop("training_step", None)
-            self._wrapped = None
+        if self._unwrap is not None:
+            self._unwrap()
+            self._unwrap = None
         self._teacher = None
         if self._session is not None:
             self._session.close()
@@ -209,32 +211,18 @@ class Distillation(Callback):
         if self._teacher is None and traced is not None:
             self._teacher = _copied(traced)
 
-    def _wrap(self, pl_module: pl.LightningModule) -> None:
-        original = pl_module.training_step
-        if "training_step" in vars(pl_module):
-            raise ValueError(
-                f"Expected training_step to be a method of {type(pl_module).__name__}, but it has been replaced on "
-                f"the instance, for "
-                "example by another Distillation. Use one Distillation in a Trainer."
-            )
-
-        # the Trainer looks at the signature of the step through __wrapped__
-        @functools.wraps(original)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            if self._teacher is None and not self._due:
-                return original(*args, **kwargs)
-            with self._recording(pl_module) as recording:
-                result = original(*args, **kwargs)
-            # after the very first step, and not before, it is known which module is called; its weights have not moved
-            # yet
-            self._joined().resolve(pl_module)
-            self._take_teacher()
-            if result is None or self._teacher is None:
-                return result
-            return self._mixed(pl_module, result, recording)
-
-        pl_module.training_step = training_step  # type: ignore[method-assign]
-        self._wrapped = pl_module
+    def _step(self, pl_module: pl.LightningModule, call: Callable[[], Any]) -> Any:
+        """A training step, with the teacher's terms in its loss."""
+        if self._teacher is None and not self._due:
+            return call()
+        with self._recording(pl_module) as recording:
+            result = call()
+        # after the very first step, and not before, it is known which module is called; its weights have not moved yet
+        self._joined().resolve(pl_module)
+        self._take_teacher()
+        if result is None or self._teacher is None:
+            return result
+        return self._mixed(pl_module, result, recording)
 
     @contextmanager
     def _recording(self, pl_module: pl.LightningModule) -> Iterator[_Recording]:
@@ -284,13 +272,11 @@ class Distillation(Callback):
         terms = [self._output_loss(output, answer) for (_, _, output), answer in zip(calls, answers, strict=True)]
         added = self.alpha * torch.stack(terms).mean()
         if handles:
-            added = added + self.hidden * _hidden_loss(recording.blocks, hidden, self._kept_widths())
+            runtime = token_runtime(session.traced)
+            tokens = {} if runtime is None else runtime.places_after_layers()
+            added = added + self.hidden * _hidden_loss(recording.blocks, hidden, self._kept_widths(), tokens)
         pl_module.log("distillation_loss", added.detach(), on_step=True, on_epoch=False, batch_size=1)
-        if isinstance(result, Mapping):
-            if "loss" not in result:
-                raise ValueError(f"Expected training_step to return a 'loss', but got the keys {list(result)}.")
-            return {**result, "loss": (1 - self.alpha) * result["loss"] + added}
-        return (1 - self.alpha) * result + added
+        return with_loss(result, lambda loss: (1 - self.alpha) * loss + added)
 
     def _kept_widths(self) -> dict[tuple[int, int], Tensor]:
         """(width before, width now) of what norms run over -> positions that stay, for widths that lost some."""
@@ -329,6 +315,7 @@ def _copied(module: nn.Module) -> nn.Module:
     teacher = copy.deepcopy(module)
     for name in ("training_step", "on_load_checkpoint"):
         vars(teacher).pop(name, None)
+    remove_tokens(teacher)  # the teacher sees all tokens
     for parameter in teacher.parameters():
         parameter.grad = None
     return teacher.requires_grad_(False).eval()
@@ -357,14 +344,24 @@ def _hidden_loss(
     student: Mapping[str, list[Tensor]],
     teacher: Mapping[str, list[Tensor]],
     kept: Mapping[tuple[int, int], Tensor],
+    tokens: Mapping[str, list[tuple[Tensor | None, Tensor | None]]],
 ) -> Tensor:
-    """Mean over blocks of the mean squared difference of their outputs, at the positions that the student still has."""
+    """Mean over blocks of the mean squared difference of their outputs.
+
+    At the positions, and for the tokens, that the student still has.
+    """
     terms = []
     for name, states in student.items():
-        for own, other in zip(states, teacher.get(name, []), strict=False):
+        places = tokens.get(name, [])
+        for number, (own, other) in enumerate(zip(states, teacher.get(name, []), strict=False)):
             positions = kept.get((other.shape[-1], own.shape[-1])) if own.dim() else None
             if positions is not None:
                 other = other.index_select(-1, positions.to(other.device))
+            index, shown = places[number] if len(places) == len(states) else (None, None)
+            if index is not None and own.shape[:2] == index.shape and own.dim() == other.dim() == 3:
+                other = other.gather(1, index.unsqueeze(-1).expand(-1, -1, other.shape[2]))
+                if shown is not None:
+                    own, other = own[shown], other[shown]
             if own.shape == other.shape and own.is_floating_point():
                 terms.append(output_mse(own, other))
     if not terms:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Value = TypeVar("Value")
@@ -113,6 +113,18 @@ class Processes:
             RuntimeError: as `together`.
         """
         return [value] if self.count == 1 else self._gather(what, value)
+
+    def mean(self, what: str, values: Tensor) -> Tensor:
+        """The mean of a tensor over the processes: one message without a name, cheap enough for every step.
+
+        Raises:
+            RuntimeError: as `together`.
+        """
+        if self.count == 1:
+            return values
+        total = values.clone()
+        self._communicate(what, lambda: dist.all_reduce(total))
+        return total / self.count
 
     def _gather(self, what: str, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.count

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from weakref import WeakKeyDictionary
@@ -195,25 +196,34 @@ class CompressionSession:
 
     # Structures
 
+    def ensure_example(self, pl_module: pl.LightningModule) -> bool:
+        """Narrow the first call to an example, as soon as one has been seen; False until then."""
+        if self.example is not None:
+            return True
+        if not self._resolved_everywhere(pl_module):
+            return False
+        traced, batch = self.traced, self.batch
+        assert traced is not None and batch is not None
+        with plainly(pl_module):
+            self.example = self.processes.together(
+                "call the module that is traced", lambda: self._narrowed(traced, batch)
+            )
+        return True
+
     def ensure_structures(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Discover the structures as soon as a call has been seen; False until then.
 
         Raises:
             ValueError: if nothing in the traced module can be removed.
         """
-        if self.structures is not None and self.example is not None:
-            return True
-        if not self._resolved_everywhere(pl_module):
+        if not self.ensure_example(pl_module):
             return False
-        traced, batch, processes = self.traced, self.batch, self.processes
-        assert traced is not None and batch is not None
-        # weights are traced as they are stored: autocast would hide them behind casts
-        with torch.inference_mode(False), torch.autocast(pl_module.device.type, enabled=False):
-            example = processes.together("call the module that is traced", lambda: self._narrowed(traced, batch))
-            self.example = example
-            if self.structures is not None:
-                return True  # known from a checkpoint
-            self.structures = self.dense = processes.first(
+        if self.structures is not None:
+            return True  # found already, or known from a checkpoint
+        traced, example = self.traced, self.example
+        assert traced is not None and example is not None
+        with plainly(pl_module):
+            self.structures = self.dense = self.processes.first(
                 "discover structures",
                 lambda: self._discovered(traced, example, pl_module),
                 pack=lambda structures: structures_state(traced, structures),
@@ -326,6 +336,16 @@ class CompressionSession:
                 alive[name] = min(alive[name], count)
         units = sum(self.dense.counts.values())
         return {"sparsity": 1.0 - sum(alive.values()) / units, "macs_kept": kept_fraction(self.dense, alive, "macs")}
+
+
+@contextmanager
+def plainly(pl_module: pl.LightningModule) -> Iterator[None]:
+    """Outside of what the Trainer puts around a step: weights are looked at as they are stored.
+
+    Autocast would hide them behind casts.
+    """
+    with torch.inference_mode(False), torch.autocast(pl_module.device.type, enabled=False):
+        yield
 
 
 def log_progress(pl_module: pl.LightningModule, values: Mapping[str, float]) -> None:

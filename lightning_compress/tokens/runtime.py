@@ -465,6 +465,18 @@ class TokenRuntime:
             full = scatter_states(full, states, index, valid)
         return scatter_states(full, hidden, state.index, state.valid)
 
+    def places_after_layers(self) -> dict[str, list[tuple[Tensor | None, Tensor | None]]]:
+        """Where the tokens in the outputs of each layer, call by call, were in the last forward.
+
+        As in ``TokenCounts.present``: positions (batch, present) or None for all, and which of them take part.
+        """
+        places: dict[str, list[tuple[Tensor | None, Tensor | None]]] = {}
+        if self.counts is not None:
+            after = [*self.counts.present[1:], (None, None) if self.scatter else self.counts.present[-1]]
+            for name, place in zip(self.stack.layers, after, strict=True):
+                places.setdefault(name, []).append(place)
+        return places
+
     # Copies have no forward under way, and no graph of the last one
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,0 +1,90 @@
+"""The soft stage of learned token pruning: what happens at which part of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_compress.token_scores import from_padded_scale, linear_ramp
+
+Mode = Literal["recommended", "faithful"]
+
+# what the authors of learned token pruning run, on sequences padded to 128 tokens
+PADDED_LENGTH = 128
+PAPER_TEMPERATURE = 1e-3
+PAPER_LEARNING_RATE = 2e-5
+PAPER_FINAL_THRESHOLD = 0.01
+PAPER_STRENGTH = 0.1
+
+FIRST_THRESHOLD = -1.0  # with the first temperature hardly a token of the next few layers is weakened
+TRAVEL = 4.0  # how far a threshold must be able to go in the soft stage
+LEARNING_RATE = 1e-2
+LAST_PART = 2 / 3  # from here on the target is met, and decisions are hard in the forward pass
+WHOLE = -1e4  # a threshold that no score lies below
+
+
+@dataclass(frozen=True)
+class SoftSchedule:
+    """Settings of the soft stage by position in it, from 0 to 1.
+
+    Args:
+        mode: "recommended" or "faithful", as published.
+        temperature: first and last temperature, in units of the mean score; by the mode if None.
+        learning_rate: of the thresholds, in the same units; by the mode if None.
+    """
+
+    mode: Mode
+    temperature: tuple[float, float] | None = None
+    learning_rate: float | None = None
+
+    def temperature_at(self, position: float) -> float:
+        """Annealed geometrically; as published it stays."""
+        if self.temperature is not None:
+            first, last = self.temperature
+        elif self.mode == "faithful":
+            first = last = from_padded_scale(PAPER_TEMPERATURE, PADDED_LENGTH)
+        else:
+            first, last = 0.3, 0.03
+        return first * (last / first) ** min(1.0, max(0.0, position))
+
+    def straight_through_at(self, position: float) -> bool:
+        """Whether the forward pass takes hard decisions; as published never."""
+        return self.mode == "recommended" and position >= LAST_PART
+
+    def target_at(self, position: float, macs: float) -> float:
+        """Relative multiply-accumulates to be met."""
+        return 1 - (1 - macs) * min(1.0, max(0.0, position) / LAST_PART)
+
+    def learning_rate_at(self, position: float, steps: float) -> float:
+        """Of the thresholds, in a soft stage of so many optimizer steps.
+
+        Adam goes about one learning rate in a step: in a short stage the default is larger, so that thresholds can get
+        anywhere. As published it decays linearly.
+        """
+        if self.mode == "faithful":
+            rate = self.learning_rate
+            if rate is None:
+                rate = from_padded_scale(PAPER_LEARNING_RATE, PADDED_LENGTH)
+            return rate * max(0.0, 1 - position)
+        return self.learning_rate if self.learning_rate is not None else max(LEARNING_RATE, TRAVEL / max(1.0, steps))
+
+    def first_thresholds(self, decisions: int) -> tuple[float, ...]:
+        """Thresholds at the begin, one after each layer but the last.
+
+        As published the first layer lets every token through, whatever its threshold becomes.
+        """
+        if self.mode == "faithful":
+            ramp = linear_ramp(from_padded_scale(PAPER_FINAL_THRESHOLD, PADDED_LENGTH), decisions + 1)
+            return (WHOLE, *ramp[1:decisions])
+        return (FIRST_THRESHOLD,) * decisions
+
+
+__all__ = [
+    "LAST_PART",
+    "PADDED_LENGTH",
+    "PAPER_FINAL_THRESHOLD",
+    "PAPER_STRENGTH",
+    "WHOLE",
+    "Mode",
+    "SoftSchedule",
+]
