@@ -124,7 +124,7 @@ def test_the_compressed_fit_is_the_recipe_with_a_clock(
     fit.turns = [(0.0, float("inf"))]
     found = fit_time.numbers(fit)
     assert len(found["steps"]) == 12
-    assert found["removals"] == [1, 2, 3]  # positions 0.1, 0.2 and 0.3 of the fit
+    assert found["removals"] == [1, 3, 4]  # positions 0.133, 0.267 and 0.4 of the fit
     assert found["report"]["macs_kept"] <= 0.485
     assert len(list(tmp_path.glob("fit/version_0/checkpoints/*.ckpt"))) == 1
 
