@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 
 from lightning_compress.callbacks.checkpoint import take_shape
 from lightning_compress.callbacks.session import traced_module
+from lightning_compress.callbacks.token_record import install_state, runtimes_in
 from lightning_compress.plan import PruningPlan
 
 Module = TypeVar("Module", bound=pl.LightningModule)
@@ -19,9 +20,10 @@ OWNER = "FinalizeCompression"
 def load_from_checkpoint(
     kind: type[Module], path: str | os.PathLike[str], *, weights_only: bool = True, **options: Any
 ) -> Module:
-    """``kind.load_from_checkpoint(path, ...)`` for checkpoints of fits with `FinalizeCompression`.
+    """``kind.load_from_checkpoint(path, ...)`` for checkpoints of fits with `FinalizeCompression` or `TokenPruning`.
 
-    The module is built dense, the removals that the checkpoint tells of are replayed, then the weights are loaded.
+    The module is built dense, the removals that the checkpoint tells of are replayed, its token pruning is installed,
+    then the weights are loaded.
 
     Args:
         kind: the LightningModule's class.
@@ -43,6 +45,8 @@ def load_from_checkpoint(
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         for name, plan in removals_in(checkpoint):
             take_shape(traced_module(self, name), plan)
+        for name, state in runtimes_in(checkpoint):
+            install_state(traced_module(self, name), state)
         kind.on_load_checkpoint(self, checkpoint)
 
     # the weights are loaded inside the class method, and this hook of the module is the last thing before that

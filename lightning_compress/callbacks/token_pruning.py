@@ -21,7 +21,7 @@ from lightning_compress.callbacks.processes import Processes
 from lightning_compress.callbacks.session import CompressionSession, is_redirected_step, plainly, traced_module
 from lightning_compress.callbacks.strategies import check_strategy
 from lightning_compress.callbacks.token_calls import KEPT, RecentCalls, TokenCall, measure_tokens
-from lightning_compress.callbacks.token_record import TokenSetup, install_from, setup_from_state
+from lightning_compress.callbacks.token_record import TokenSetup, install_state, runtime_state
 from lightning_compress.callbacks.token_schedule import PAPER_STRENGTH, WHOLE, Mode, SoftSchedule
 from lightning_compress.callbacks.token_targets import TOLERANCE, Measure, meet, ramped, shifted, top_k_for
 from lightning_compress.callbacks.token_thresholds import ThresholdLearner
@@ -30,7 +30,7 @@ from lightning_compress.token_policies import KeepAll, Thresholds, TokenPolicy
 from lightning_compress.tokens.costs import LayerCosts
 from lightning_compress.tokens.distribution import TokenDistribution
 from lightning_compress.tokens.proof import prove_tokens
-from lightning_compress.tokens.runtime import SoftPruning, TokenCounts, TokenRuntime, remove_tokens
+from lightning_compress.tokens.runtime import SoftPruning, TokenCounts, TokenRuntime, install_tokens, remove_tokens
 from lightning_compress.tokens.stack_costs import stack_costs
 
 Method = Literal["learned", "top_k", "linear"]
@@ -300,14 +300,13 @@ class TokenPruning(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stages stand."""
-        session, learner, runtime = self._session, self._learner, self._runtime
+        session, learner = self._session, self._learner
+        traced = None if session is None else session.traced
         soon = self._stage != "before" and self._window(2 * KEPT)
         return {
-            "module": None if session is None or session.traced is None else session.traced_name,
+            "module": None if session is None or traced is None else session.traced_name,
             "stage": self._stage,
-            "setup": None if self._setup is None or runtime is None else self._setup.state(),
-            "policy": None if runtime is None else runtime.policy.state(),
-            "min_keep": self.min_keep,
+            "runtime": runtime_state(traced, self._setup) if self._runtime and traced and self._setup else None,
             "learner": None if learner is None else learner.state_dict(),
             "calls": self._calls.state() if soon else [],
             "checks": self._checks,
@@ -418,7 +417,10 @@ class TokenPruning(Callback):
         if self.method == "learned":
             self._learner = ThresholdLearner(self.schedule.first_thresholds(decisions), pl_module.device)
             policy = Thresholds(self._learner.values)
-        self._runtime = install_from(session.traced, self._setup, policy, self.min_keep)
+        setup = self._setup
+        self._runtime = install_tokens(
+            session.traced, TokenRuntime(setup.stack, policy, setup.protected, self.min_keep, setup.scatter)
+        )
         self._stage = "soft" if self.method == "learned" else "hard"
         self._runtime.train_mode = "soft" if self._stage == "soft" else "gather"
         if self._stage == "hard":
@@ -573,12 +575,11 @@ class TokenPruning(Callback):
     def _restore(self, pl_module: pl.LightningModule, state: Mapping[str, Any]) -> None:
         session = self._joined()
         self._stage, self._checks = state["stage"], state["checks"]
-        if state["setup"] is None:
+        if state["runtime"] is None:
             return
         session.traced_name, session.traced = state["module"], traced_module(pl_module, state["module"])
-        self._setup, policy = setup_from_state(state)
+        self._runtime, self._setup = install_state(session.traced, state["runtime"])
         self._proven_at = session.version
-        self._runtime = install_from(session.traced, self._setup, policy, self.min_keep)
         if state["learner"] is not None:
             self._learner = ThresholdLearner.from_state(state["learner"], pl_module.device)
         self._runtime.train_mode = "soft" if self._stage == "soft" else "gather"
@@ -589,9 +590,8 @@ class TokenPruning(Callback):
     def _take_runtime(self, pl_module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
         """Outside a fit: install what the checkpoint tells of."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
-        if state is not None and state["setup"] is not None:
-            setup, policy = setup_from_state(state)
-            self._runtime = install_from(traced_module(pl_module, state["module"]), setup, policy, state["min_keep"])
+        if state is not None and state["runtime"] is not None:
+            self._runtime, self._setup = install_state(traced_module(pl_module, state["module"]), state["runtime"])
 
     def _joined(self) -> CompressionSession:
         assert self._session is not None, "setup has not been called"

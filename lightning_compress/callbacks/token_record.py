@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from lightning_compress.token_policies import TokenPolicy, policy_from
 from lightning_compress.tokens.costs import LayerCosts
-from lightning_compress.tokens.runtime import TokenRuntime, install_tokens, remove_tokens
+from lightning_compress.tokens.record import read_token_record, token_records
+from lightning_compress.tokens.runtime import TokenRuntime, remove_tokens
 from lightning_compress.tokens.stack import TokenStack
+
+OWNER = "TokenPruning"
 
 
 @dataclass(frozen=True)
@@ -30,31 +32,26 @@ class TokenSetup:
     scatter: bool
     costs: LayerCosts
 
-    def state(self) -> dict[str, Any]:
-        """Text and numbers."""
-        return {
-            "stack": {**asdict(self.stack), "dims": {path: list(dims) for path, dims in self.stack.dims.items()}},
-            "protected": list(self.protected),
-            "scatter": self.scatter,
-            "costs": asdict(self.costs),
-        }
+
+def runtime_state(traced: nn.Module, setup: TokenSetup) -> dict[str, Any]:
+    """The runtime on ``traced``, and the costs of its layers, as text and numbers."""
+    (record,) = (record for record in token_records(traced) if record.module == "")
+    return {"record": record.state, "costs": asdict(setup.costs)}
 
 
-def setup_from_state(state: Mapping[str, Any]) -> tuple[TokenSetup, TokenPolicy]:
-    """The set-up and the policy in the state of a callback."""
-    setup = state["setup"]
-    stack = dict(setup["stack"])
-    stack["layers"] = tuple(stack["layers"])
-    stack["dims"] = {path: tuple(dims) for path, dims in stack["dims"].items()}
-    costs = LayerCosts(**{name: tuple(values) for name, values in setup["costs"].items()})
-    found = TokenSetup(TokenStack(**stack), tuple(setup["protected"]), setup["scatter"], costs)
-    return found, policy_from(state["policy"])
-
-
-def install_from(traced: nn.Module, setup: TokenSetup, policy: TokenPolicy, min_keep: int) -> TokenRuntime:
+def install_state(traced: nn.Module, state: Mapping[str, Any]) -> tuple[TokenRuntime, TokenSetup]:
     """Put a runtime on a module, in place of one that it may have."""
+    record = read_token_record({"module": "", "runtime": state["record"]}, "token pruning in the checkpoint")
     remove_tokens(traced)
-    return install_tokens(traced, TokenRuntime(setup.stack, policy, setup.protected, min_keep, setup.scatter))
+    runtime = record.install(traced)
+    costs = LayerCosts(**{name: tuple(values) for name, values in state["costs"].items()})
+    return runtime, TokenSetup(runtime.stack, runtime.protected, runtime.scatter, costs)
 
 
-__all__ = ["TokenSetup", "install_from", "setup_from_state"]
+def runtimes_in(checkpoint: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """What a checkpoint tells of token pruning: names of modules and what ``install_state`` takes."""
+    states = [state for key, state in checkpoint.get("callbacks", {}).items() if key.startswith(OWNER)]
+    return [(state["module"], state["runtime"]) for state in states if state.get("runtime") is not None]
+
+
+__all__ = ["TokenSetup", "install_state", "runtime_state", "runtimes_in"]

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_compress import Distillation, FinalizeCompression, StructuredSparsity, TokenPruning
+from lightning_compress import (
+    Distillation,
+    FinalizeCompression,
+    StructuredSparsity,
+    TokenPruning,
+    load_from_checkpoint,
+)
 from lightning_compress.token_policies import Thresholds, TopK
 from lightning_compress.tokens.runtime import TokenRuntime, token_runtime
 from tests.callbacks.modules import MLP, Classifier, trainer
@@ -301,3 +307,24 @@ def test_straight_equals_crash_and_resume(options: dict[str, Any], epoch: int, t
     assert again.relative_macs == callback.relative_macs
     for (name, one), (_, other) in zip(straight.named_parameters(), resumed.named_parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, msg=name)
+
+
+def test_a_checkpoint_is_loaded_and_tested_with_its_token_pruning(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    callback, module = TokenPruning(macs=0.6, protected=(0, 1), min_keep=2), Reader()
+    fit(module, callback, FinalizeCompression(macs=0.5, at=0.3, report=False), Save(path, 6))
+    batch = next(iter(sentences(seed=3)))
+    module.eval()
+    expected = module.model(batch["ids"], batch["mask"])
+
+    loaded = load_from_checkpoint(Reader, path)
+    assert runtime_of(loaded).policy == callback.policy
+    assert (runtime_of(loaded).protected, runtime_of(loaded).min_keep) == ((0, 1), 2)
+    assert torch.equal(loaded.eval().model(batch["ids"], batch["mask"]), expected)
+
+    fresh = Reader()
+    for _ in range(2):  # the second time it has one already
+        own = [TokenPruning(macs=0.6, protected=(0, 1), min_keep=2), FinalizeCompression(macs=0.5, at=0.3)]
+        trainer(*own).test(fresh, sentences(seed=3), ckpt_path=str(path), verbose=False)
+        assert torch.equal(fresh.eval().model(batch["ids"], batch["mask"]), expected)
+        assert "on_load_checkpoint" not in vars(fresh)

@@ -75,7 +75,5 @@ def sentences(examples: int = 64, batch_size: int = 8, seed: int = 1) -> DataLoa
     mask = torch.arange(LENGTH) < lengths.unsqueeze(1)
     keep = torch.zeros_like(mask)
     keep[torch.arange(examples), lengths - 1] = True
-    data = [
-        {"ids": i * m, "mask": m, "label": y, "keep": k} for i, m, y, k in zip(ids, mask, label, keep, strict=True)
-    ]
+    data = [{"ids": i * m, "mask": m, "label": y, "keep": k} for i, m, y, k in zip(ids, mask, label, keep, strict=True)]
     return DataLoader(data, batch_size)  # type: ignore[arg-type]
