@@ -16,7 +16,6 @@ PAPER_LEARNING_RATE = 2e-5
 PAPER_FINAL_THRESHOLD = 0.01
 PAPER_STRENGTH = 0.1
 
-FIRST_THRESHOLD = -1.0  # with the first temperature hardly a token of the next few layers is weakened
 TRAVEL = 4.0  # how far a threshold must be able to go in the soft stage
 LEARNING_RATE = 1e-2
 LAST_PART = 2 / 3  # from here on the target is met, and decisions are hard in the forward pass
@@ -69,14 +68,13 @@ class SoftSchedule:
         return self.learning_rate if self.learning_rate is not None else max(LEARNING_RATE, TRAVEL / max(1.0, steps))
 
     def first_thresholds(self, decisions: int) -> tuple[float, ...]:
-        """Thresholds at the begin, one after each layer but the last.
+        """Thresholds at the begin, one after each layer but the last: the published ramp.
 
+        From one number for all layers the first ones would come to take everything: what they take counts most.
         As published the first layer lets every token through, whatever its threshold becomes.
         """
-        if self.mode == "faithful":
-            ramp = linear_ramp(from_padded_scale(PAPER_FINAL_THRESHOLD, PADDED_LENGTH), decisions + 1)
-            return (WHOLE, *ramp[1:decisions])
-        return (FIRST_THRESHOLD,) * decisions
+        ramp = linear_ramp(from_padded_scale(PAPER_FINAL_THRESHOLD, PADDED_LENGTH), decisions + 1)[:decisions]
+        return (WHOLE, *ramp[1:]) if self.mode == "faithful" else ramp
 
 
 __all__ = [

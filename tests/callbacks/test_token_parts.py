@@ -25,7 +25,7 @@ def test_the_recommended_schedule() -> None:
     assert schedule.learning_rate_at(0.9, steps=10_000) == 0.01
     assert schedule.learning_rate_at(0.9, steps=40) == 0.1  # so that thresholds get anywhere
     assert SoftSchedule("recommended", learning_rate=0.5).learning_rate_at(0.1, steps=40) == 0.5
-    assert schedule.first_thresholds(2) == (-1.0, -1.0)
+    assert schedule.first_thresholds(3) == pytest.approx((0, 0.32, 0.64))
 
 
 def test_the_published_schedule() -> None:

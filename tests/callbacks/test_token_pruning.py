@@ -66,8 +66,8 @@ def test_thresholds_are_learned_fixed_and_the_budget_is_met() -> None:
     assert diary.temperatures == sorted(diary.temperatures, reverse=True)
     assert diary.temperatures[-1] == pytest.approx(0.03, rel=0.1)
     assert [sum(diary.straight), diary.straight[-1]] == [10, True]
-    assert diary.thresholds[0] == (-1.0, -1.0)
-    assert min(diary.thresholds[-1]) > -0.5
+    assert diary.thresholds[0] == pytest.approx((0, 1.28 / 3))
+    assert diary.thresholds[-1] != diary.thresholds[0]
     runtime = runtime_of(module)
     assert [runtime.mode, runtime.train_mode, runtime.soft] == ["gather", "gather", None]
     assert isinstance(callback.policy, Thresholds)
