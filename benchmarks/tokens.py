@@ -1,0 +1,628 @@
+"""Token pruning on SST-2 and MRPC with a pretrained MiniLM-L6: learned thresholds against top-k and fixed thresholds.
+
+    python benchmarks/tokens.py --method dense --dataset mrpc --seed 0     # one run; skipped when its result is there
+    python benchmarks/tokens.py --method recommended --dataset sst2 --macs 0.5 --seed 1     # needs the dense weights
+    python benchmarks/tokens.py --all --jobs 2                             # everything that is missing
+    python benchmarks/tokens.py --latency                                  # throughput; wants an idle machine
+    python benchmarks/tokens.py --table                                    # benchmarks/results/tokens/table.md
+    python benchmarks/tokens.py --picture                                  # docs/pictures/token_pruning.png
+
+The data is a folder with `sst2` and `mrpc`, each with {train,dev,test}.tsv.gz: `--data`, or the environment variable
+LIGHTNING_COMPRESS_DATA. The dense weights of SST-2 are those of `benchmarks/sst2.py --method dense`.
+
+Every compressed run starts from the dense weights of its seed and has the same number of steps, learning rate, order of
+batches and distillation from the logits of the dense model. They differ in who decides which tokens leave:
+
+    faithful     thresholds learn as published: soft masks after the layer, a fixed strength, then hard
+    recommended  thresholds learn towards the MACs, in cumulative soft masks that the next attention sees, then hard
+    top_k        no learning: a falling share of the tokens of each example stays, by the scores of the layer
+    linear       no learning: thresholds that rise linearly over the layers
+
+MACs are those of the encoder layers on the sentences that accuracy is stated for, with the tokens that really entered
+each layer, over the same with all real tokens; padding counts nowhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import lightning as L  # noqa: E402
+import torch  # noqa: E402
+from lightning.pytorch.callbacks import Callback  # noqa: E402
+from safetensors.torch import load_file, save_model  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from benchmarks import sst2  # noqa: E402
+from lightning_compress import Distillation, TokenPruning, measure_latency  # noqa: E402
+from lightning_compress.token_policies import KeepAll, Thresholds  # noqa: E402
+from lightning_compress.token_scores import linear_ramp  # noqa: E402
+from lightning_compress.tokens import tap  # noqa: E402
+from lightning_compress.tokens.calibration import bisect_shift  # noqa: E402
+from lightning_compress.tokens.proof import prove_tokens  # noqa: E402
+from lightning_compress.tokens.runtime import TokenRuntime, install_tokens, token_runtime  # noqa: E402
+from recipes.text_classification import TextClassification, TextData  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "tokens"
+RUNS = ROOT / "benchmarks" / "runs" / "tokens"  # weights, logs: ignored by git
+PICTURE = ROOT / "docs" / "pictures" / "token_pruning.png"
+DATASETS = {"mrpc": "MRPC", "sst2": "SST-2"}
+METHODS = ("faithful", "recommended", "top_k", "linear")
+MACS = (0.5, 0.35, 0.7)  # in the order in which they are run
+SEEDS = (0, 1)
+DENSE_EPOCHS, DENSE_RATE, DENSE_BATCH = 5, 1e-4, 32  # of MRPC; SST-2 has its own benchmark
+EPOCHS, RATE, BATCH = 1, 2e-4, 16  # of everything but the dense models
+ALPHA, TEMPERATURE = 0.9, 2.0  # distillation: (1 - ALPHA) cross entropy + ALPHA T^2 KL
+
+
+@dataclass(frozen=True)
+class Run:
+    dataset: str
+    method: str
+    seed: int
+    macs: float = 1.0
+
+    @property
+    def name(self) -> str:
+        size = "" if self.method == "dense" else f"-{self.macs:g}"
+        return f"{self.dataset}-{self.method}{size}-seed{self.seed}"
+
+    @property
+    def arguments(self) -> list[str]:
+        size = [] if self.method == "dense" else ["--macs", f"{self.macs:g}"]
+        return ["--dataset", self.dataset, "--method", self.method, *size, "--seed", str(self.seed)]
+
+    @property
+    def result(self) -> Path:
+        return RESULTS / f"{self.name}.json"
+
+    @property
+    def dense_weights(self) -> Path:
+        """Weights of the dense model of this seed: the start and the teacher of the others."""
+        if self.dataset == "sst2":
+            return sst2.Run("dense", self.seed).weights
+        return RUNS / f"{Run(self.dataset, 'dense', self.seed).name}.safetensors"
+
+
+def all_runs() -> list[Run]:
+    """The compressed runs; whoever breaks off half-way has all of one seed."""
+    return [Run(d, method, seed, macs) for seed in SEEDS for macs in MACS for d in DATASETS for method in METHODS]
+
+
+# Data, model, teacher
+
+
+def text_data(dataset: str, folder: str, seed: int, batch: int = BATCH) -> TextData:
+    data = TextData(str(Path(folder) / dataset), sst2.pretrained_folder(), batch_size=batch, seed=seed)
+    data.setup()
+    return data
+
+
+class RememberedLogits(nn.Module):
+    """The dense model, with its logits for the training sentences computed once and kept in a file."""
+
+    def __init__(self, run: Run, data: TextData) -> None:
+        super().__init__()
+        path = RUNS / f"{run.dataset}-teacher-seed{run.seed}.safetensors"
+        if not path.is_file():
+            model = sst2.new_module(weights=run.dense_weights).model.eval()
+            sst2.save_whole({"logits": logits_of(model, data, "train")}, path)
+        self.logits = load_file(str(path))["logits"]  # (examples, labels)
+        self.places = {tuple(ids): number for number, (ids, _) in enumerate(data.splits["train"])}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits (batch, labels)."""
+        rows = zip(input_ids, attention_mask, strict=True)
+        return self.logits[[self.places[tuple(ids[mask.bool()].tolist())] for ids, mask in rows]]
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, data: TextData, split: str) -> Tensor:
+    """Logits (examples, labels) in the order of the split."""
+    order = by_length(data, split)
+    logits = [model(batch["input_ids"], batch["attention_mask"]).logits for batch in data.loader(split, order)]
+    return torch.cat(logits)[torch.tensor(order).argsort()]
+
+
+def by_length(data: TextData, split: str) -> list[int]:
+    return sorted(range(len(data.splits[split])), key=lambda number: len(data.splits[split][number][0]))
+
+
+# Costs and accuracy
+
+
+def macs_of(layer: nn.Module, tokens: Tensor) -> Tensor:
+    """MACs of an encoder layer for examples of so many tokens: projections, products with all keys, the FFN."""
+    query, inner = layer.attention.self.query, layer.intermediate.dense
+    tokens = tokens.double()
+    heads = 2 * query.out_features * tokens.square() + 4 * query.in_features * query.out_features * tokens
+    return heads + 2 * inner.in_features * inner.out_features * tokens
+
+
+def evaluate(model: nn.Module, data: TextData) -> dict[str, Any]:
+    """Accuracy (for pairs, F1 too) in float32 on dev, test and both, and the tokens and MACs that it took."""
+    model.eval()
+    splits: dict[str, Any] = {}
+    every, entering, real = [], [], []
+    for name, split in (("dev", "validation"), ("test", "test")):
+        order = by_length(data, split)
+        chunks = []
+        for batch in data.loader(split, order):
+            with torch.no_grad():
+                logits = model(batch["input_ids"], batch["attention_mask"]).logits
+            chunks.append(torch.stack([logits.argmax(-1), batch["labels"]]))
+            present, all_real = tokens_of_last_forward(model, batch["attention_mask"])
+            entering.append(present)
+            real.append(all_real)
+        pairs = torch.cat(chunks, 1)  # (2, examples): prediction, label
+        every.append(pairs)
+        splits[name] = scores_of(pairs)
+    entered, whole = torch.cat(entering, 1), torch.cat(real)  # (layers, examples), (examples,)
+    layers = model.encoder.encoder.layer
+    macs = torch.stack([macs_of(layer, tokens) for layer, tokens in zip(layers, entered, strict=True)]).sum(0)
+    dense = torch.stack([macs_of(layer, whole) for layer in layers]).sum(0)
+    shares = (macs / dense).sort().values
+    return {
+        "accuracy": splits | {"pooled": scores_of(torch.cat(every, 1))},
+        "macs_kept": float(macs.sum() / dense.sum()),
+        "macs_kept_of_examples": {f"{q:g}": float(torch.quantile(shares, q)) for q in (0.05, 0.25, 0.5, 0.75, 0.95)},
+        "tokens_entering": (entered.double().sum(1) / whole.sum()).tolist(),  # by layer, as a share of the real ones
+    }
+
+
+def scores_of(pairs: Tensor) -> dict[str, float]:
+    """Accuracy, and F1 of label 1."""
+    predicted, label = pairs
+    f1 = 2 * int((predicted * label).sum()) / max(1, int(predicted.sum() + label.sum()))
+    return {"accuracy": float((predicted == label).double().mean()), "f1": f1}
+
+
+def tokens_of_last_forward(model: nn.Module, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens that entered each layer (layers, batch), and real tokens (batch,)."""
+    real = mask.sum(1)
+    runtime = token_runtime(model)
+    if runtime is None:
+        return real.expand(model.encoder.config.num_hidden_layers, -1), real
+    assert runtime.counts is not None and torch.equal(runtime.counts.real.long(), real)
+    return runtime.counts.entering.detach(), real
+
+
+# Runs
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "faithful": {"mode": "faithful", "hard_at": 0.4},
+    "recommended": {"hard_at": 0.4},
+    "top_k": {"method": "top_k"},
+    "linear": {"method": "linear"},
+}
+
+
+def fit(module: TextClassification, data: TextData, callbacks: list[Callback], **length: int) -> float:
+    """Train for ``max_epochs`` or ``max_steps``; seconds of this process."""
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision="bf16-mixed",
+        **length,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    start = time.perf_counter()
+    trainer.fit(module, data)
+    return time.perf_counter() - start
+
+
+def train(run: Run, folder: str) -> dict[str, Any]:
+    L.seed_everything(run.seed, verbose=False)
+    if run.method == "dense":
+        data = text_data(run.dataset, folder, run.seed, DENSE_BATCH)
+        if run.dataset == "sst2":
+            if not run.dense_weights.is_file():
+                raise SystemExit(f"Run `python benchmarks/sst2.py --method dense --seed {run.seed}` first.")
+            return evaluate(sst2.new_module(weights=run.dense_weights).model, data)
+        module = sst2.new_module(lr=DENSE_RATE)
+        seconds = fit(module, data, [], max_epochs=DENSE_EPOCHS)
+        save_model(module.model, str(run.dense_weights))
+        return evaluate(module.model, data) | {"seconds": seconds}
+    if not run.dense_weights.is_file():
+        raise SystemExit(f"{run.name} starts from dense weights: make {run.dense_weights.name} first (see --help).")
+    data = text_data(run.dataset, folder, run.seed)
+    teacher = RememberedLogits(run, data)
+    module = sst2.new_module(lr=RATE, weights=run.dense_weights)
+    distillation = Distillation(alpha=ALPHA, temperature=TEMPERATURE, teacher=teacher, module="model")
+    callback = TokenPruning(macs=run.macs, module="model", **SETTINGS[run.method])
+    seconds = fit(module, data, [callback, distillation], max_epochs=EPOCHS)
+    assert callback.policy is not None
+    return evaluate(module.model, data) | {"policy": callback.policy.state(), "seconds": seconds}
+
+
+def single(run: Run, folder: str) -> None:
+    if run.result.is_file():
+        print(f"{run.name}: result is there, nothing to do")
+        return
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {
+        "dataset": run.dataset,
+        "method": run.method,
+        "macs": run.macs,
+        "seed": run.seed,
+        "command": " ".join(["python benchmarks/tokens.py", *run.arguments]),
+        "versions": {name: version(name) for name in ("torch", "lightning", "transformers")},
+        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} thread",
+        "precision": "training in bfloat16 (mixed), evaluation in float32",
+    }
+    record |= train(run, folder)
+    run.result.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"{run.name}: {record['macs_kept']:.3f} of the MACs, {record['accuracy']}", flush=True)
+
+
+def queue(jobs: int, folder: str) -> None:
+    """Every run without a result, each in a process of its own with one thread; the dense ones first."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    RUNS.mkdir(parents=True, exist_ok=True)
+
+    def start(run: Run) -> None:
+        command = [sys.executable, __file__, *run.arguments, "--data", folder]
+        with open(RUNS / f"{run.name}.log", "a") as log:
+            code = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+        print(f"{run.name}: {'done' if code == 0 else f'failed, see {log.name}'}", flush=True)
+
+    for runs in ([Run(dataset, "dense", seed) for dataset in DATASETS for seed in SEEDS], all_runs()):
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(start, (run for run in runs if not run.result.is_file())))
+
+
+# Numbers
+
+
+def records() -> dict[Run, dict[str, Any]]:
+    """The results that are there."""
+    runs = [Run(dataset, "dense", seed) for dataset in DATASETS for seed in SEEDS] + all_runs()
+    return {run: json.loads(run.result.read_text()) for run in runs if run.result.is_file()}
+
+
+def rows() -> Iterator[tuple[str, str, float, list[dict[str, Any]], list[dict[str, Any]]]]:
+    """Dataset, method, target, the results of its seeds, and those of the dense models of these seeds."""
+    found = records()
+    for dataset in DATASETS:
+        for macs in (1.0, *sorted(MACS, reverse=True)):
+            for method in METHODS if macs < 1 else ("dense",):
+                runs = [run for seed in SEEDS if (run := Run(dataset, method, seed, macs)) in found]
+                if runs:
+                    dense = [found[Run(dataset, "dense", run.seed)] for run in runs]
+                    yield dataset, method, macs, [found[run] for run in runs], dense
+
+
+def percents(found: list[dict[str, Any]], split: str, measure: str = "accuracy") -> list[float]:
+    return [100 * record["accuracy"][split][measure] for record in found]
+
+
+def table() -> None:
+    """One row for each method and target, with the seeds side by side; runs that are missing are left out."""
+    lines = []
+    for dataset, title in DATASETS.items():
+        pairs = dataset == "mrpc"
+        lines += [
+            f"## {title}\n",
+            "| method | target | MACs kept, per seed | dev, per seed | test, per seed | dev + test, per seed | mean "
+            f"| to dense |{' F1, dev + test | to dense |' if pairs else ''} tokens entering each layer |",
+            f"|---|---|---|---|---|---|---|---|{'---|---|' if pairs else ''}---|",
+        ]
+        for name, method, macs, found, dense in rows():
+            if name != dataset:
+                continue
+            cells = [
+                method,
+                "" if method == "dense" else f"{macs:g}",
+                " / ".join(f"{record['macs_kept']:.3f}" for record in found),
+                *(" / ".join(f"{p:.2f}" for p in percents(found, split)) for split in ("dev", "test", "pooled")),
+            ]
+            for measure in ("accuracy", "f1") if pairs else ("accuracy",):
+                value = mean(percents(found, "pooled", measure))
+                loss = value - mean(percents(dense, "pooled", measure))
+                cells += [f"{value:.2f}", "" if method == "dense" else f"{loss:+.2f}"]
+            entering = zip(*(record["tokens_entering"] for record in found), strict=True)
+            cells.append(" ".join(f"{mean(layer):.2f}" for layer in entering))
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    text = "\n".join(lines + throughput_table())
+    (RESULTS / "table.md").write_text(f"`python benchmarks/tokens.py --table`\n\n{text}")
+    print(text)
+
+
+def picture() -> None:
+    """Accuracy over relative MACs: means of the seeds as lines, the seeds as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(DATASETS), figsize=(5 * len(DATASETS), 4), layout="constrained")
+    colours = dict(zip(METHODS, ("#ff7f0e", "#1f77b4", "#2ca02c", "#9467bd"), strict=True))
+    for axis, (dataset, title) in zip(axes, DATASETS.items(), strict=True):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for name, method, _, found, _ in rows():
+            if name != dataset:
+                continue
+            accuracy, macs = percents(found, "pooled"), [record["macs_kept"] for record in found]
+            if method == "dense":
+                axis.axhline(mean(accuracy), color="black", linestyle="--", linewidth=1, label="dense")
+                continue
+            axis.scatter(macs, accuracy, s=12, alpha=0.5, color=colours[method])
+            lines.setdefault(method, []).append((mean(macs), mean(accuracy)))
+        for method, points in lines.items():
+            axis.plot(*zip(*points, strict=True), marker="o", color=colours[method], label=method)
+        axis.set(title=title, xlabel="MACs of the encoder layers at real lengths, to dense")
+        axis.set_ylabel("accuracy on dev + test, %")
+        axis.grid(alpha=0.3)
+    axes[0].legend(loc="lower right")
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PICTURE, dpi=120, metadata={"Software": None})
+    print(PICTURE)
+
+
+# Throughput
+
+
+Call = dict[str, Tensor]
+
+
+def cells(data: dict[str, TextData]) -> dict[str, Call]:
+    """What throughput is measured on, by name."""
+    draw = torch.Generator().manual_seed(0)
+
+    def some(dataset: str, count: int) -> list[list[int]]:
+        examples = data[dataset].splits["test"]
+        return [examples[i][0] for i in torch.randperm(len(examples), generator=draw)[:count].tolist()]
+
+    def padded(sentences: list[list[int]], length: int = 0) -> Call:
+        length = max(length, *map(len, sentences))
+        ids, mask = torch.zeros(len(sentences), length, dtype=torch.long), torch.zeros(len(sentences), length).long()
+        for row, sentence in enumerate(sentences):
+            ids[row, : len(sentence)], mask[row, : len(sentence)] = torch.tensor(sentence), 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def joined(length: int) -> list[int]:
+        """Pairs one after another, cut to the length."""
+        return [token for sentence in some("mrpc", length // 10) for token in sentence][:length]
+
+    mix = some("mrpc", 16) + some("sst2", 16)
+    pair = next(sentence for sentence in mix if len(sentence) >= 53)
+    return {
+        "32, MRPC and SST-2, padded to the longest": padded(mix),
+        "32, MRPC and SST-2, padded to 128": padded(mix, 128),
+        "32 x 128, no padding": padded([joined(128) for _ in range(32)]),
+        "8 x 256, no padding": padded([joined(256) for _ in range(8)]),
+        "1 x 128": padded([joined(128)]),
+        f"1 x {len(pair)}, a pair of MRPC": padded([pair]),
+    }
+
+
+class GivenScores(nn.Module):
+    """A model with token pruning that is told the scores that it found before: the same decisions, for nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.scores: list[Tensor] = []
+
+    def forward(self, **call: Tensor) -> Any:
+        given = iter(self.scores)
+
+        def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+            bias, key_bias = options["bias"], options["key_bias"]
+            if key_bias is not None:
+                wide = key_bias[:, None, None]
+                masks = bias is not None and bias.dtype == torch.bool
+                bias = wide.masked_fill(~bias, -torch.inf) if masks else wide if bias is None else bias + wide
+            output = nn.functional.scaled_dot_product_attention(query, key, value, bias, scale=options["scale"])
+            return output, next(given)
+
+        with mock.patch.object(tap, "attention_with_scores", attention):
+            return self.model(**call)
+
+    def remember(self, call: Call) -> None:
+        """Find the scores of a call."""
+        self.scores, found = [], tap.attention_with_scores
+
+        def attention(*args: Any, **options: Any) -> Any:
+            output, scores = found(*args, **options)
+            self.scores.append(scores)
+            return output, scores
+
+        with torch.inference_mode(), mock.patch.object(tap, "attention_with_scores", attention):
+            self.model(**call)
+
+
+@torch.inference_mode()
+def executed(model: nn.Module, call: Call) -> tuple[float, float, list[float]]:
+    """MACs of the layers for the tokens that take part, MACs for all slots that are computed, and slots per row."""
+    layers = list(model.encoder.encoder.layer)
+    slots: list[list[int]] = [[] for _ in layers]  # rows may be computed in several groups
+
+    def noted(number: int) -> Any:
+        return lambda _, args: slots[number].extend([args[0].shape[1]] * args[0].shape[0])
+
+    handles = [layer.attention.self.register_forward_pre_hook(noted(n)) for n, layer in enumerate(layers)]
+    model(**call)
+    for handle in handles:
+        handle.remove()
+    entered, _ = tokens_of_last_forward(model, call["attention_mask"])
+    real = sum(float(macs_of(layer, tokens).sum()) for layer, tokens in zip(layers, entered, strict=True))
+    computed = sum(float(macs_of(layer, torch.tensor(rows)).sum()) for layer, rows in zip(layers, slots, strict=True))
+    return real, computed, [mean(rows) for rows in slots]
+
+
+def with_tokens(model: nn.Module, calls: list[Call], macs: float) -> None:
+    """Install thresholds that rise linearly, so high that this fraction of the MACs is left in the calls."""
+    stack = prove_tokens(model, (), {name: tensor[:2] for name, tensor in calls[0].items()})
+    ramp = linear_ramp(1.0, len(stack.stack.layers))[1:]
+    runtime = install_tokens(model, TokenRuntime(stack.stack, KeepAll(), scatter=stack.scatter))
+
+    @torch.inference_mode()
+    def measured(final: float) -> float:
+        runtime.policy = Thresholds(tuple(final * value for value in ramp))
+        kept = whole = 0.0
+        for call in calls:
+            model(**call)
+            entered, real = tokens_of_last_forward(model, call["attention_mask"])
+            for layer, tokens in zip(model.encoder.encoder.layer, entered, strict=True):
+                kept, whole = kept + float(macs_of(layer, tokens).sum()), whole + float(macs_of(layer, real).sum())
+        return kept / whole
+
+    final, _ = bisect_shift(measured, macs, 0.0, 5.0)
+    runtime.policy = Thresholds(tuple(final * value for value in ramp))
+
+
+def throughput_models(data: dict[str, TextData]) -> dict[str, nn.Module]:
+    """The dense model and the half-size one of the SST-2 benchmark, each without and with token pruning."""
+    calls = [
+        {name: tensor for name, tensor in batch.items() if name != "labels"}
+        for one in data.values()
+        for batch in list(one.val_dataloader())[::4]
+    ]
+    models: dict[str, nn.Module] = {}
+    for name, run in {"dense": sst2.Run("dense", 0), "half": sst2.Run("ours", 0, 0.5)}.items():
+        models[name] = sst2.smaller_model(run)
+        models[f"{name}, tokens"] = copy.deepcopy(models[name])
+        with_tokens(models[f"{name}, tokens"], calls, macs=0.5)
+        models[f"{name}, tokens, scores given"] = GivenScores(models[f"{name}, tokens"])
+    return models
+
+
+def latency(folder: str, threads: int, rounds: int = 41, seconds: float = 40.0) -> None:
+    """Time of the models in every cell, interleaved."""
+    torch.set_num_threads(threads)
+    data = {name: text_data(name, folder, 0, 32) for name in DATASETS}
+    models = throughput_models(data)
+    measured: dict[str, Any] = {}
+    for cell, call in cells(data).items():
+        for model in models.values():
+            if isinstance(model, GivenScores):
+                model.remember(call)
+        times = measure_latency(models, (), call, repeats=rounds, max_seconds=seconds)
+        dense_real, dense_slots, _ = executed(models["dense"], call)
+        measured[cell] = {}
+        for name in ("dense", "half"):
+            without, pruned, given = (times[f"{name}{kind}"] for kind in ("", ", tokens", ", tokens, scores given"))
+            base_real, base_slots, before = executed(models[name], call)
+            real, computed, slots = executed(models[f"{name}, tokens"], call)
+            gain = without.seconds / pruned.seconds
+            measured[cell][name] = {
+                "ms": {
+                    "without": 1e3 * without.seconds,
+                    "tokens": 1e3 * pruned.seconds,
+                    "tokens_scores_given": 1e3 * given.seconds,
+                },
+                "spread": {"without": without.spread, "tokens": pruned.spread},
+                "rounds": pruned.runs,
+                "gain": gain,
+                "macs_ratio_executed": base_slots / computed,
+                "macs_ratio_real": base_real / real,
+                "gain_to_executed": gain * computed / base_slots,
+                "gain_to_real": gain * real / base_real,
+                "score_share": 1 - given.seconds / pruned.seconds,
+                "gain_to_dense": times["dense"].seconds / pruned.seconds,
+                "macs_ratio_executed_to_dense": dense_slots / computed,
+                "macs_ratio_real_to_dense": dense_real / real,
+                "slots": {"without": before, "tokens": slots},
+            }
+            print(cell, name, json.dumps(measured[cell][name]), flush=True)
+    record = {
+        "command": "python benchmarks/tokens.py --latency",
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "threads": torch.get_num_threads(),
+        "cells": measured,
+    }
+    (RESULTS / "latency.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def throughput_table() -> list[str]:
+    """Lines of the table of what `latency` measured."""
+    path = RESULTS / "latency.json"
+    if not path.is_file():
+        return []
+    lines = [
+        "## Throughput\n",
+        "| batch | model | ms | with tokens pruned, ms | gain | MACs executed, ratio | gain / ratio "
+        "| MACs at real lengths, ratio | gain / ratio | share of the scores | gain to dense | executed, to dense |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for cell, models in json.loads(path.read_text())["cells"].items():
+        for name, found in models.items():
+            cells = [
+                cell,
+                name,
+                *(f"{found['ms'][kind]:.1f}" for kind in ("without", "tokens")),
+                f"{found['gain']:.2f}x",
+                f"{found['macs_ratio_executed']:.2f}",
+                f"{found['gain_to_executed']:.2f}",
+                f"{found['macs_ratio_real']:.2f}",
+                f"{found['gain_to_real']:.2f}",
+                f"{100 * found['score_share']:.1f} %",
+                f"{found['gain_to_dense']:.2f}x",
+                f"{found['macs_ratio_executed_to_dense']:.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--method", choices=("dense", *METHODS), help="one run")
+    what.add_argument("--all", action="store_true", help="every run that has no result")
+    what.add_argument("--latency", action="store_true", help="measure throughput")
+    what.add_argument("--table", action="store_true", help="write and print the table")
+    what.add_argument("--picture", action="store_true", help="draw accuracy over MACs; needs matplotlib")
+    parser.add_argument("--dataset", choices=tuple(DATASETS), default="sst2")
+    parser.add_argument("--macs", type=float, choices=MACS, help="target: kept fraction of the MACs of the layers")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--threads", type=int, default=2, help="of --latency")
+    parser.add_argument(
+        "--data", default=os.environ.get("LIGHTNING_COMPRESS_DATA", str(ROOT.parent / "shared" / "data"))
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.all:
+        queue(arguments.jobs, arguments.data)
+    elif arguments.latency:
+        latency(arguments.data, arguments.threads)
+    elif arguments.table:
+        table()
+    elif arguments.picture:
+        picture()
+    elif arguments.method != "dense" and arguments.macs is None:
+        parser.error(f"--method {arguments.method} needs --macs")
+    else:
+        single(Run(arguments.dataset, arguments.method, arguments.seed, arguments.macs or 1.0), arguments.data)
+
+
+if __name__ == "__main__":
+    main()
