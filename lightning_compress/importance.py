@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_compress.discovery.valueless import lacking_values
 from lightning_compress.regularizers import group_norms
+from lightning_compress.shards import Part, local, whole
 from lightning_compress.structures import Slice, Structure, is_inside, named_tensors
 
 Importance = Literal["norm", "taylor"] | Callable[[nn.Module, Structure], Tensor]
@@ -97,9 +98,9 @@ def unit_norms(model: nn.Module, structures: Iterable[Structure]) -> dict[str, T
                 continue
             key = (piece.parameter, piece.axis)
             if key not in squares:  # structures that share an axis (heads, V/O dims) share the pass over the weights
-                squares[key] = (
-                    group_norms(_tensor(tensors, structure, piece).detach(), piece.axis).double().cpu().square()
-                )
+                tensor = _tensor(tensors, structure, piece).detach()
+                own = group_norms(local(tensor), piece.axis).double().square()
+                squares[key] = Part.of(tensor, piece.parameter).total(own, piece.axis, piece.size).cpu()
             total += squares[key][piece.indices].sum(1)
         for unit, names in enumerate(_inside(structure, tensors)):
             total[unit] += sum(float(tensors[n].detach().double().square().sum()) for n in names)
@@ -296,9 +297,9 @@ def _position_products(weight: Tensor, gradient: Tensor, piece: Slice) -> Tensor
         )
     dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
     # half precision is widened first: products of small weights and gradients would vanish in it
-    product = weight.detach().to(dtype) * gradient.detach().to_dense()
+    product = local(weight.detach()).to(dtype) * local(gradient.detach()).to_dense()
     dims = _other_dims(weight, piece.axis)
-    return product.sum(dims) if dims else product
+    return Part.of(weight, piece.parameter).total(product.sum(dims) if dims else product, piece.axis, piece.size)
 
 
 def _other_dims(weight: Tensor, axis: int) -> list[int]:
@@ -327,7 +328,7 @@ def _check_scores(structure: Structure, scores: object) -> Tensor:
         raise ValueError(f"Expected {expected}, but got {type(scores).__name__}.")
     if tuple(scores.shape) != (structure.units,):
         raise ValueError(f"Expected {expected}, but got shape {tuple(scores.shape)}.")
-    scores = scores.detach().double().cpu()
+    scores = whole(scores.detach()).double().cpu()
     if bool((scores < 0).any()):
         raise ValueError(f"Expected {expected} without negative scores, but got {float(scores.min()):g}.")
     return _check_finite(structure.name, scores)

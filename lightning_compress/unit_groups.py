@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.regularizers import group_norms
+from lightning_compress.shards import Part, add_up, local
 from lightning_compress.structures import Role, Structure
 
 
@@ -22,6 +23,7 @@ class _Piece:
     structure: int
     start: int
     stop: int
+    part: Part
 
 
 class UnitGroups:
@@ -34,6 +36,9 @@ class UnitGroups:
     Units of all structures lie in one flat vector (structure after structure), so that a proximal map is a handful of
     operations however many layers there are. Norms are taken along whole axes, without gathering: a slice costs one
     read for its norms and, if it is scaled, one read and one write.
+
+    Where tensors are sharded, every process holds a part of each unit: the flat vector of positions has those of this
+    process, squares are summed over all of them, and each scales its own part. All processes take norms together.
 
     Args:
         tensors: parameter name -> tensor; a slice whose parameter is missing (frozen, not in an optimizer) is left out.
@@ -68,11 +73,13 @@ class UnitGroups:
                 unit = piece.unit_of_position()
                 # positions that no unit owns belong to one more unit behind the last, whose factor is always 1
                 owner = torch.where(unit < 0, total, unit + first)
-                stop = start + piece.size
-                self._pieces.append(_Piece(piece.parameter, tensor, piece.axis, number, start, stop))
-                owners.append(owner)
                 each = float(tensor.numel() // max(piece.size, 1))
                 sizes.index_add_(0, owner, torch.full((piece.size,), each, dtype=torch.float64))
+                part = Part.of(tensor, piece.parameter)
+                owner = owner[part.along(piece.axis, piece.size)]
+                stop = start + owner.numel()
+                self._pieces.append(_Piece(piece.parameter, tensor, piece.axis, number, start, stop, part))
+                owners.append(owner)
                 start = stop
             first += structure.units
         self.total = total
@@ -82,6 +89,7 @@ class UnitGroups:
         self.dtype = torch.float64 if any(p.tensor.dtype == torch.float64 for p in self._pieces) else torch.float32
         self._owner = (torch.cat(owners) if owners else torch.zeros(0, dtype=torch.long)).to(self.device)
         self._lengths = [p.stop - p.start for p in self._pieces]
+        self._groups = list(dict.fromkeys(p.part.group for p in self._pieces))
         self.sizes = sizes[:total].to(self.device, self.dtype)
 
     @torch.no_grad()
@@ -92,7 +100,16 @@ class UnitGroups:
         lengths = [_position_norms(p.tensor, p.axis).to(device=self.device, dtype=self.dtype) for p in self._pieces]
         squares = torch.cat(lengths).square_()  # (positions of all slices,)
         units = torch.zeros(self.total + 1, dtype=self.dtype, device=self.device)
-        return units.index_add_(0, self._owner, squares)[: self.total].sqrt_()
+        if not any(group is not None for group in self._groups):
+            return units.index_add_(0, self._owner, squares)[: self.total].sqrt_()
+        for group in self._groups:  # what every process holds whole must not be summed over them
+            own = torch.zeros_like(units)
+            for piece in self._pieces:
+                if piece.part.group is group:
+                    where = slice(piece.start, piece.stop)
+                    own.index_add_(0, self._owner[where], squares[where])
+            units += add_up(own, group)
+        return units[: self.total].sqrt_()
 
     @torch.no_grad()
     def scale_(self, factors: Tensor, only: Iterable[int] | None = None) -> None:
@@ -104,7 +121,7 @@ class UnitGroups:
         """
         touched = None if only is None else set(only)
         for piece, factor in self._along_axes(factors, touched):
-            piece.tensor.mul_(factor)
+            local(piece.tensor).mul_(factor)
 
     @torch.no_grad()
     def add_scaled_(self, targets: Mapping[str, Tensor], coefficients: Tensor) -> None:
@@ -117,7 +134,8 @@ class UnitGroups:
         for piece, coefficient in self._along_axes(coefficients, None, rest=0.0):
             target = targets.get(piece.parameter)
             if target is not None:
-                target.addcmul_(piece.tensor.to(target.dtype), coefficient.to(target.dtype))
+                own = local(target)
+                own.addcmul_(local(piece.tensor).to(own.dtype), coefficient.to(own.dtype))
 
     @torch.no_grad()
     def zero_(self, dead: Tensor, targets: Mapping[str, Iterable[Tensor]]) -> None:
@@ -132,7 +150,7 @@ class UnitGroups:
         for piece, factor in self._along_axes(kept, gone):
             for target in targets.get(piece.parameter, ()):
                 # a product would keep infinities and NaN of an overflown moment
-                target.masked_fill_(factor == 0, 0)
+                local(target).masked_fill_(factor == 0, 0)
 
     def _along_axes(
         self, values: Tensor, touched: set[int] | None, rest: float = 1.0
@@ -150,5 +168,6 @@ class UnitGroups:
 
 
 def _position_norms(tensor: Tensor, axis: int) -> Tensor:
-    """Norm over all axes but one, shape (size of the axis,), up to sign: a bias is its own norm."""
-    return tensor.detach() if tensor.dim() == 1 else group_norms(tensor.detach(), axis)
+    """Norm over all axes but one, shape (own positions of the axis,), up to sign: a bias is its own norm."""
+    own = local(tensor.detach())
+    return own if own.dim() == 1 else group_norms(own, axis)

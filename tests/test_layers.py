@@ -11,6 +11,7 @@ LAYERS = (  # from low to high: a module imports from its own layer and from tho
     {
         "regularizers",
         "schedules",
+        "shards",
         "polynomials",
         "selection",
         "distillation_losses",

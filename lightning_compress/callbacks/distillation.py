@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.callbacks.moments import FitLength
+from lightning_compress.callbacks.plain_copy import is_sharded
 from lightning_compress.callbacks.session import CompressionSession, is_redirected_step, traced_module
 from lightning_compress.callbacks.training_step import with_loss, wrap_training_step
 from lightning_compress.distillation_losses import logits_kl, output_mse
@@ -134,6 +135,11 @@ class Distillation(Callback):
                 "backward itself, so that nothing can be added to its loss from outside. Add the term in "
                 "training_step: "
                 "loss + alpha * lightning_compress.logits_kl(logits, teacher_logits)."
+            )
+        if self._given is None and is_sharded(pl_module):
+            raise ValueError(
+                "Expected a teacher for Distillation beside a sharded module, which cannot be copied as it is, but got "
+                "none. Pass a trained module, whole or sharded by yourself: Distillation(teacher=...)."
             )
         session.watch(pl_module)
         self._length = FitLength.of(trainer)

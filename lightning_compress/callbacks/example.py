@@ -36,6 +36,10 @@ class ExampleCall:
         sizes = {t.shape[0] for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor) and t.dim()}
         return sizes.pop() if len(sizes) == 1 else None
 
+    def on_cpu(self) -> ExampleCall:
+        """The call with its tensors on the CPU."""
+        return ExampleCall(*pytree.tree_map_only(Tensor, lambda t: t.cpu(), (self.args, self.kwargs)))
+
     def narrowed(self, examples: int) -> ExampleCall | None:
         """The call with the first ``examples`` of its batch; None if it has no more, or no common leading size."""
         if self.size is None or self.size <= examples:

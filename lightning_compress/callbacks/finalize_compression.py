@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -30,12 +32,15 @@ from lightning_compress.callbacks.moments import FitLength, Moment
 from lightning_compress.callbacks.processes import Processes
 from lightning_compress.callbacks.removal import check_finite, make_report, remove_units
 from lightning_compress.callbacks.session import CompressionSession, log_progress, traced_module
+from lightning_compress.callbacks.sharded import FOLDER, check_finalizer, is_sharded, remove_gathered
 from lightning_compress.callbacks.shrinkage import unit_costs
 from lightning_compress.callbacks.sparsity_settings import check_count, check_importance
 from lightning_compress.callbacks.strategies import check_strategy
 from lightning_compress.importance import Importance, TaylorAccumulator, unit_norms, unit_scores
 from lightning_compress.plan import PruningPlan
 from lightning_compress.report import CompressionReport, count_parameters, file_size
+from lightning_compress.saving import save_compressed
+from lightning_compress.saving.save import check_target
 from lightning_compress.schedules import Shape, ramp
 from lightning_compress.structures import check_kinds
 from lightning_compress.surgery import SurgeryReport
@@ -75,11 +80,14 @@ class FinalizeCompression(Callback):
         module: dotted name of the sub-module to compress. Default: found from the first step.
         latency_batch: with ``latency``, so many examples of the first batch make the measured call. Default: all.
         latency_seconds: with ``latency``, measure for about so long, when sparsifying begins and at the removal.
+        folder: where to save the small model at the end of the fit, for ``load_compressed``; absent or empty. Default:
+            it is not saved, except that of a sharded module: "compressed" in the log directory of the Trainer.
 
     Attributes:
         plan: what was removed, in the coordinates of the original model; None before.
         report: the numbers; None before the last removal, or with ``report=False``.
         surgery_reports: what each removal did.
+        saved: the folder with the small model; None before the end of the fit, and if it is not saved.
 
     Raises:
         ValueError: for contradicting arguments or values out of range; at the start of the fit, if the moment does not
@@ -107,6 +115,7 @@ class FinalizeCompression(Callback):
         latency: float | None = None,
         latency_batch: int | None = None,
         latency_seconds: float | None = None,
+        folder: str | Path | None = None,
     ) -> None:
         self.metric, self.fraction = _one_target(macs, params, units, latency)
         self._latency = LatencyTarget.of(self.metric, latency_batch, latency_seconds)
@@ -124,6 +133,7 @@ class FinalizeCompression(Callback):
         self.kinds = None if kinds is None else check_kinds(kinds)
         self.wants_report = report
         self.module = module
+        self.folder = None if folder is None else Path(folder)
         self.report: CompressionReport | None = None
         self.surgery_reports: list[SurgeryReport] = []
         self._session: CompressionSession | None = None
@@ -132,6 +142,7 @@ class FinalizeCompression(Callback):
     def _reset(self) -> None:
         self.report = None
         self.surgery_reports = []
+        self.saved: Path | None = None
         self.skipped = False
         self._done = 0
         self._length: FitLength | None = None
@@ -154,7 +165,7 @@ class FinalizeCompression(Callback):
     @property
     def plan(self) -> PruningPlan | None:
         """What was removed, in the coordinates of the original model; None before the first removal."""
-        return None if self._session is None else self._session.plan
+        return None if self._session is None else self._session.plan or self._session.exported
 
     @property
     def finished(self) -> bool:
@@ -231,6 +242,13 @@ class FinalizeCompression(Callback):
         session = self._joined()
         check_strategy(trainer, pl_module, "FinalizeCompression", removes=True)
         session.processes = Processes.of(trainer)
+        session.sharded = is_sharded(pl_module)
+        if session.sharded:
+            check_finalizer(self, session)
+        if self.folder is not None:
+            folder = self.folder
+            # an occupied folder is better found now than at the end
+            session.processes.first("look at the folder for the small model", lambda: check_target(folder))
         session.watch(pl_module)
         if self._latency is not None:
             self._latency.context = trainer.precision_plugin.forward_context
@@ -254,6 +272,10 @@ class FinalizeCompression(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember where the fit begins."""
         self._last_step = trainer.global_step
+        session, length = self._joined(), self._length
+        if session.sharded and self.finished and length and self.moment.position(trainer, length) < 1 - 1e-9:
+            # a longer fit is resumed from the end of another, whose module is as large as before
+            self._done, session.exported, self.report = 0, None, None
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -299,7 +321,9 @@ class FinalizeCompression(Callback):
             self._remove(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so if the fit ended before the removal."""
+        """Save the small model, or say so if the fit ended before the removal."""
+        if self.finished and self.folder is not None and self.saved is None and not self._joined().sharded:
+            self._save(self.folder)
         if not self.finished and not self.skipped:
             rank_zero_warn(
                 f"The fit ended after {trainer.global_step} optimizer steps, before "
@@ -420,32 +444,61 @@ class FinalizeCompression(Callback):
             sparsity.sparsifier.apply_pending()
         for prepare in session.before_removal:
             prepare()
-        if session.version == 0:
+        if session.version == 0 and not session.sharded:
             self._before = (count_parameters(session.traced), file_size(session.traced) if self.wants_report else 0)
             # process 0 measures for all of them
             if (self.wants_report or self._latency is not None) and self._dense is None and not session.processes.rank:
                 self._dense = copy.deepcopy(session.traced)
-        done = remove_units(session, trainer, pl_module, self._chosen())
-        session.removed(done.plan)
+        if session.sharded:
+            done = self._remove_gathered(trainer)
+        else:
+            done = remove_units(session, trainer, pl_module, self._chosen())
+            session.removed(done.plan)
         self.surgery_reports.append(done)
         self._errors.append(_error(done))
         log_progress(pl_module, session.progress())
         self._taylor = None
-        if self.finished and self.wants_report:
+        if self.finished and self.wants_report and not session.sharded:
             context = trainer.precision_plugin.forward_context()
             self.report = session.processes.first(
                 "report what was removed",
-                lambda: make_report(
-                    session, self._dense, self._before, max(self._errors), context, trainer.global_step
-                ),
+                lambda: self._made_report(session, context, trainer.global_step),
                 pack=CompressionReport.to_json,
                 unpack=CompressionReport.from_json,
             )
+        if self.finished and self.report is not None:
             pl_module.print(str(self.report))
             for logger in trainer.loggers:
                 logger.log_metrics(self.report.metrics(), step=trainer.global_step)
         if self.finished:
             self._dense = None
+
+    def _made_report(
+        self, session: CompressionSession, context: AbstractContextManager[Any], step: int
+    ) -> CompressionReport:
+        assert session.traced is not None and session.structures is not None
+        return make_report(
+            session, session.traced, session.structures, self._dense, self._before, max(self._errors), context, step
+        )
+
+    def _remove_gathered(self, trainer: pl.Trainer) -> SurgeryReport:
+        """Remove from a copy with whole weights, and save it: a sharded module keeps its shape."""
+        session = self._joined()
+        folder = self.folder or Path(trainer.log_dir or trainer.default_root_dir) / FOLDER
+        explicit = self.folder is not None
+        done = remove_gathered(session, trainer, self._chosen(), folder, explicit, self.wants_report)
+        session.exported, self.report, self.saved = done.surgery.plan, done.report, Path(done.folder)
+        rank_zero_info(
+            f"FinalizeCompression has saved the small model in {done.folder!r}: load_compressed({done.folder!r})."
+        )
+        return done.surgery
+
+    def _save(self, folder: Path) -> None:
+        session = self._joined()
+        model = session.traced
+        assert model is not None
+        session.processes.first("save the small model", lambda: save_compressed(model, folder), pack=lambda _: None)
+        self.saved = folder
 
 
 def _one_target(

@@ -22,6 +22,8 @@ from lightning_compress.report import (
     file_size,
     measure_latency,
 )
+from lightning_compress.shards import local
+from lightning_compress.structures import Structures
 from lightning_compress.surgery import SurgeryReport, apply_plan
 from lightning_compress.surgery.transaction import Transaction
 
@@ -44,7 +46,7 @@ def check_finite(session: CompressionSession, outputs: Any, step: int) -> None:
                 "optimizer steps: training has diverged. Nothing was removed. Lower the learning rate or the strength."
             )
     for name, parameter in session.parameters().items():
-        if not bool(torch.isfinite(parameter.detach()).all()):
+        if not bool(torch.isfinite(local(parameter.detach())).all()):
             raise ValueError(
                 f"Expected finite weights when units are removed, but {name!r} holds NaN or infinity after {step} "
                 "optimizer steps: training has diverged. Nothing was removed. Lower the learning rate or the strength."
@@ -79,42 +81,46 @@ def remove_units(
 
 def make_report(
     session: CompressionSession,
+    small: nn.Module,
+    structures: Structures,
     dense: nn.Module | None,
     before: tuple[int, int],
     error: float,
-    context: AbstractContextManager[Any],
+    context: AbstractContextManager[Any] | None,
     step: int,
 ) -> CompressionReport:
     """The report of what has been removed in a fit so far.
 
     Args:
         session: the session of the fit.
+        small: the model after the removals.
+        structures: its structures.
         dense: the model before the first removal, for its latency; None to leave latency out.
         before: parameters and bytes of that model.
         error: largest error of the removals.
-        context: context in which the Trainer runs a forward pass (autocast).
+        context: context in which the Trainer runs a forward pass (autocast); None where latency is left out.
         step: optimizer steps taken so far.
     """
-    structures, original = session.structures, session.dense
-    assert original is not None and structures is not None and session.traced is not None
+    original = session.dense
+    assert original is not None
     assert session.example is not None and session.batch is not None
     examples = session.example.size or 1
     macs = original.macs
     part = macs.restrict({s.name for s in original})
     left = {**dict.fromkeys(original.counts, 0), **structures.counts}  # what lay in a removed layer is gone with it
     latency: dict[str, tuple[Latency, Latency]] = {}
-    if dense is not None:
+    if dense is not None and context is not None:
         calls = {f"batch of {c.size}" if c.size else "one call": c for c in (session.example, session.batch)}
         with context:
             for what, call in calls.items():
-                models = {"before": dense, "after": session.traced}
+                models = {"before": dense, "after": small}
                 times = measure_latency(models, call.args, call.kwargs, max_seconds=LATENCY_SECONDS)
                 latency[what] = (times["before"], times["after"])
     return CompressionReport(
-        params=(before[0], count_parameters(session.traced)),
+        params=(before[0], count_parameters(small)),
         macs=(macs.evaluate(original.counts) / examples, macs.evaluate(left) / examples),
         prunable_macs=(part.evaluate(original.counts) / examples, part.evaluate(left) / examples),
-        bytes=(before[1], file_size(session.traced)),
+        bytes=(before[1], file_size(small)),
         structures=tuple(StructureCount(s.name, s.kind, s.units, left[s.name], s.tier) for s in original),
         error=error,
         latency=latency,

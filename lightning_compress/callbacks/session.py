@@ -19,6 +19,7 @@ from lightning_compress.budget import kept_fraction
 from lightning_compress.callbacks.checkpoint import before_load, structures_from_state, structures_state
 from lightning_compress.callbacks.example import ExampleCall, smallest_example, undisturbed
 from lightning_compress.callbacks.optimizer_steps import OptimizerSteps
+from lightning_compress.callbacks.plain_copy import plain_copy, reshard
 from lightning_compress.callbacks.processes import Processes, check_silent
 from lightning_compress.plan import PruningPlan
 from lightning_compress.structures import KINDS, Structures, check_kinds
@@ -61,6 +62,8 @@ class CompressionSession:
         version: number of removals so far; what was derived from ``structures`` is out of date when it changes.
         steps: real steps of the optimizers, and the learning rates they were taken with.
         processes: the processes of the fit.
+        sharded: whether parameters are sharded over them. Then a removal happens to a copy, not to the module.
+        exported: what was removed from the copy; None before.
     """
 
     _sessions: ClassVar[WeakKeyDictionary[pl.LightningModule, CompressionSession]] = WeakKeyDictionary()
@@ -78,6 +81,8 @@ class CompressionSession:
         self.version = 0
         self.steps = OptimizerSteps()
         self.processes = Processes()
+        self.sharded = False
+        self.exported: PruningPlan | None = None
         self.sparsities: list[StructuredSparsity] = []
         self.finalizer: FinalizeCompression | None = None
         self.before_removal: list[Callable[[], None]] = []
@@ -113,7 +118,9 @@ class CompressionSession:
                 )
             session.module_name = callback.module
             session.traced_name = callback.module
-            session.traced = _named_module(pl_module, callback.module)
+            # what configure_model makes is not there yet
+            if not is_overridden("configure_model", pl_module):
+                session.traced = _named_module(pl_module, callback.module)
         session._members.append(callback)
         session._kinds.update(dict.fromkeys(check_kinds(callback.kinds) if callback.kinds is not None else ()))
         return session
@@ -141,8 +148,13 @@ class CompressionSession:
         """Look out for the first call of the module to be traced."""
         if self.batch is not None or self._hooks:
             return
+        if self.module_name is not None and self.traced is None:
+            self.traced = _named_module(pl_module, self.module_name)
         for name, module in self.candidates(pl_module).items():
-            self._hooks.append(module.register_forward_pre_hook(self._recorder(pl_module, name), with_kwargs=True))
+            # first of all hooks: it is the call that is repeated, and others (casts, masks) will happen to it again
+            self._hooks.append(
+                module.register_forward_pre_hook(self._recorder(pl_module, name), prepend=True, with_kwargs=True)
+            )
 
     def candidates(self, pl_module: pl.LightningModule) -> dict[str, nn.Module]:
         """Modules that may be the traced one: the one named or found, else the LightningModule and its children."""
@@ -216,6 +228,8 @@ class CompressionSession:
         Raises:
             ValueError: if nothing in the traced module can be removed.
         """
+        if self.sharded:
+            return self._ensure_gathered(pl_module)
         if not self.ensure_example(pl_module):
             return False
         if self.structures is not None:
@@ -231,6 +245,38 @@ class CompressionSession:
             )
         self.dense_state = structures_state(traced, self.dense)
         return True
+
+    def _ensure_gathered(self, pl_module: pl.LightningModule) -> bool:
+        if self.structures is not None and self.example is not None:
+            return True
+        if not self._resolved_everywhere(pl_module):
+            return False
+        traced, batch = self.traced, self.batch
+        assert traced is not None and batch is not None
+        self._discover_gathered(traced, batch, pl_module)
+        return True
+
+    def _discover_gathered(self, traced: nn.Module, batch: ExampleCall, pl_module: pl.LightningModule) -> None:
+        """Discover the structures in a copy with whole weights, which only process 0 has, and only for now."""
+        self.example = batch.on_cpu()
+        if self.structures is not None:
+            return  # known from a checkpoint
+        processes = self.processes
+        with torch.inference_mode(False), torch.autocast(pl_module.device.type, enabled=False):
+            copy = processes.together("gather the weights", lambda: plain_copy(traced, keep=processes.rank == 0))
+
+            def discovered() -> Structures:
+                assert copy is not None and self.example is not None
+                self.example = self._narrowed(copy, self.example)
+                return self._discovered(copy, self.example, pl_module)
+
+            self.structures = self.dense = processes.first(
+                "discover structures",
+                discovered,
+                pack=lambda structures: structures_state(traced, structures),
+                unpack=structures_from_state,
+            )
+        self.dense_state = structures_state(traced, self.dense)
 
     def _narrowed(self, traced: nn.Module, batch: ExampleCall) -> ExampleCall:
         if self.processes.count > 1:
@@ -271,6 +317,7 @@ class CompressionSession:
             "dense": self.dense_state,
             "plan": None if self.plan is None else self.plan.to_json(),
             "version": self.version,
+            "exported": None if self.exported is None else self.exported.to_json(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], pl_module: pl.LightningModule) -> None:
@@ -281,6 +328,8 @@ class CompressionSession:
         self.dense_state = state["dense"]
         self.dense = self.structures = structures_from_state(state["dense"])
         self.version = state["version"]
+        exported = state.get("exported")
+        self.exported = None if exported is None else PruningPlan.from_json(exported)
         if state["plan"] is not None:
             self.plan = PruningPlan.from_json(state["plan"])
             self.structures = self.plan.shrunk(self.dense)
@@ -318,6 +367,8 @@ class CompressionSession:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Parameters of the traced module by every name they have there."""
         assert self.traced is not None
+        if self.sharded:
+            reshard(self.traced)
         return dict(self.traced.named_parameters(remove_duplicate=False))
 
     def removed(self, plan: PruningPlan) -> None:
@@ -334,6 +385,8 @@ class CompressionSession:
         for sparsity in self.sparsities:
             for name, count in sparsity.sparsifier.alive().items():
                 alive[name] = min(alive[name], count)
+        if self.exported is not None:
+            alive.update({name: len(kept) for name, kept in self.exported.kept.items()})
         units = sum(self.dense.counts.values())
         return {"sparsity": 1.0 - sum(alive.values()) / units, "macs_kept": kept_fraction(self.dense, alive, "macs")}
 

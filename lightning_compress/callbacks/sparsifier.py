@@ -14,6 +14,7 @@ from lightning_compress.budget import select
 from lightning_compress.callbacks.groups import chosen_groups
 from lightning_compress.callbacks.norm_masks import NormMasks
 from lightning_compress.callbacks.optimizer_steps import GroupKey
+from lightning_compress.callbacks.plain_copy import reshard
 from lightning_compress.callbacks.session import CompressionSession
 from lightning_compress.callbacks.shrinkage import CoupledShrinkage, MatrixShrinkage, unit_costs
 from lightning_compress.callbacks.sparsity_settings import SparsitySettings
@@ -67,6 +68,8 @@ class Sparsifier:
     def follow(self) -> None:
         """Make the groups those of the structures as they are now, after a removal for instance."""
         session, settings = self.session, self.settings
+        if session.sharded and session.traced is not None:
+            reshard(session.traced)  # the shards are what is optimized
         if self._version == session.version:
             return
         assert session.structures is not None and session.traced is not None

@@ -13,6 +13,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_compress.callbacks.plain_copy import is_sharded
+from lightning_compress.shards import Part
+
 # class name of a strategy -> what to do instead; by name because some of them cannot be imported everywhere
 _SHARDED = (
     "Compress in a fit with strategy='ddp' and shard the smaller model afterwards; for a model that does not fit on "
@@ -22,7 +25,6 @@ _SHARDED = (
 _INSTEAD = {
     "DeepSpeedStrategy": f"its engine keeps flat copies of the weights that nothing can be cut out of. {_SHARDED}",
     "FSDPStrategy": f"its parameters are flat shards in which units have no place. {_SHARDED}",
-    "ModelParallelStrategy": f"its parameters are shards of which no process has whole units. {_SHARDED}",
     "XLAStrategy": "it has not been tried. Compress in a fit with strategy='ddp' on another accelerator.",
 }
 
@@ -36,13 +38,16 @@ def check_strategy(trainer: pl.Trainer, pl_module: pl.LightningModule, owner: st
         owner: name of the callback that asks.
         removes: whether units are going to be removed, or only driven to zero.
     """
-    strategy = trainer.strategy
+    strategy: Any = trainer.strategy
     for base in type(strategy).__mro__:
         if base.__name__ in _INSTEAD:
             raise ValueError(
                 f"Expected a strategy that keeps whole parameters in every process for {owner}, but got "
                 f"{type(strategy).__name__}: {_INSTEAD[base.__name__]}"
             )
+    if any(base.__name__ == "ModelParallelStrategy" for base in type(strategy).__mro__):
+        _check_model_parallel(strategy, pl_module, owner)
+        return
     if not removes or strategy.model is pl_module:
         if trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
             raise ValueError(_unknown(trainer, owner))
@@ -69,6 +74,26 @@ def _unknown(trainer: pl.Trainer, owner: str) -> str:
         f"{trainer.world_size} process(es), around {type(trainer.strategy.model).__name__}: what wraps the module has "
         "recorded its shapes, and only DistributedDataParallel is known to be taken off and put back."
     )
+
+
+def _check_model_parallel(strategy: Any, pl_module: pl.LightningModule, owner: str) -> None:
+    mesh = strategy._device_mesh
+    size = 1 if mesh is None else mesh["tensor_parallel"].size()
+    if size > 1:
+        raise ValueError(
+            f"Expected ModelParallelStrategy(tensor_parallel_size=1) for {owner}, but got {size}: the parts of a "
+            "tensor-parallel module compute with fewer units each, which no other process sees. Use "
+            "ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1) with fully_shard in "
+            "configure_model, or strategy='ddp'."
+        )
+    if not is_sharded(pl_module):
+        raise ValueError(
+            f"Expected configure_model of {type(pl_module).__name__} to shard its parameters for {owner}, but all of "
+            "them are whole, and nothing averages their gradients. Call torch.distributed.fsdp.fully_shard(module, "
+            "mesh=self.device_mesh['data_parallel']) there, or use strategy='ddp'."
+        )
+    for name, parameter in pl_module.named_parameters():
+        Part.of(parameter, name)
 
 
 def _check_ddp(strategy: DDPStrategy, owner: str) -> None:

@@ -16,6 +16,7 @@ from lightning_compress.callbacks.groups import Groups
 from lightning_compress.callbacks.moments import FitLength, Moment
 from lightning_compress.callbacks.processes import Processes
 from lightning_compress.callbacks.session import CompressionSession, log_progress
+from lightning_compress.callbacks.sharded import check_sparsity, is_sharded
 from lightning_compress.callbacks.sparsifier import Sparsifier
 from lightning_compress.callbacks.sparsity_settings import SparsitySettings, check_count
 from lightning_compress.callbacks.strategies import check_strategy
@@ -167,6 +168,9 @@ class StructuredSparsity(Callback):
         session = self._joined()
         check_strategy(trainer, pl_module, "StructuredSparsity", removes=False)
         session.processes = Processes.of(trainer)
+        session.sharded = is_sharded(pl_module)
+        if session.sharded:
+            check_sparsity(self, session)
         session.watch(pl_module)
         self._length = FitLength.of(trainer)
         finalizer = session.finalizer

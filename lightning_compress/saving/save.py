@@ -52,7 +52,7 @@ def save_compressed(
         FileExistsError: if the folder is not empty and not to be replaced, or holds other things.
     """
     target = Path(folder)
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     tensors, shared = state_of(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     # beside its target, because a rename is atomic only within a file system
@@ -93,7 +93,8 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool = False) -> None:
+    """Raise FileExistsError if a model cannot be saved there."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise FileExistsError(
             f"Expected {os.fspath(target)!r} to be a folder or not to exist, but it is something else."
@@ -151,4 +152,4 @@ def _versions() -> dict[str, str]:
     return found
 
 
-__all__ = ["save_compressed", "sha256"]
+__all__ = ["check_target", "save_compressed", "sha256"]

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 # started from one server that has imported everything: a fresh interpreter would need seconds for that
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -98,4 +98,11 @@ def rank() -> int:
 def parallel(seconds: float = 60.0, **options: Any) -> dict[str, Any]:
     """Options of a Trainer for these processes."""
     strategy = DDPStrategy(timeout=timedelta(seconds=seconds), process_group_backend="gloo", **options)
+    return {"strategy": strategy, "devices": processes()}
+
+
+def sharding(seconds: float = 60.0, **options: Any) -> dict[str, Any]:
+    """Options of a Trainer whose module is sharded over these processes."""
+    chosen = {"data_parallel_size": processes(), "tensor_parallel_size": 1, **options}
+    strategy = ModelParallelStrategy(process_group_backend="gloo", timeout=timedelta(seconds=seconds), **chosen)
     return {"strategy": strategy, "devices": processes()}

@@ -18,6 +18,7 @@ from lightning_compress import (
     count_parameters,
     discover,
     kept_fraction,
+    load_compressed,
 )
 from tests.callbacks.modules import MLP, Classifier, Transformer, fit, loader
 
@@ -58,6 +59,18 @@ def test_after_the_fit_the_model_is_the_small_model() -> None:
     assert finalize.plan is not None
     for name, shape in finalize.plan.new_shapes().items():
         assert tuple(module.model.get_parameter(name).shape) == shape
+
+
+def test_the_small_model_is_saved_at_the_end_of_the_fit(tmp_path: Any) -> None:
+    module, x = Classifier(Transformer()), torch.randn(3, 4, 5)
+    finalize = FinalizeCompression(macs=0.4, at=0.6, report=False, folder=tmp_path / "small")
+    fit(module, finalize, data=loader(sequences=True), max_epochs=2)
+    assert finalize.saved == tmp_path / "small"
+    torch.testing.assert_close(load_compressed(finalize.saved, Transformer)(x), module.eval().model(x))
+    trained = Classifier(Transformer())
+    with pytest.raises(FileExistsError, match="small' to be empty or not to exist"):
+        fit(trained, FinalizeCompression(macs=0.4, at=0.6, folder=str(tmp_path / "small")), data=loader(sequences=True))
+    assert not trained.losses
 
 
 def test_the_report_says_what_can_be_counted(tmp_path: Any) -> None:

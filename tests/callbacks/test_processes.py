@@ -18,7 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn import functional as F
@@ -510,13 +510,12 @@ def with_strategy(strategy: Any, optimizers: tuple[Any, ...] = (), wrap: bool = 
     [
         (DeepSpeedStrategy(), "got DeepSpeedStrategy: its engine keeps flat copies.* with strategy='ddp' and shard"),
         (FSDPStrategy(), "got FSDPStrategy: its parameters are flat shards.*apply_plan_to_checkpoint"),
-        (ModelParallelStrategy(), "got ModelParallelStrategy: its parameters are shards of which.*strategy='ddp'"),
         (SimpleNamespace(), "Expected strategy='ddp' or one device for FinalizeCompression, but got SimpleNamespace"),
         (DDPStrategy(start_method="spawn"), "starts its processes by 'spawn': the process that calls fit is none"),
         (DDPStrategy(ddp_comm_state=PowerSGDState(None)), "without ddp_comm_state .* got PowerSGDState"),
         (DDPStrategy(mixed_precision=object()), "without mixed_precision .*precision='bf16-mixed'"),
     ],
-    ids=["deepspeed", "fsdp", "fsdp2", "unknown", "spawn", "state", "mixed"],
+    ids=["deepspeed", "fsdp", "unknown", "spawn", "state", "mixed"],
 )
 def test_what_other_strategies_do_is_refused(strategy: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -545,36 +544,6 @@ def test_epochs_of_unknown_length_need_not_end_together() -> None:
     inf = float("inf")
     with pytest.raises(ValueError, match=r"in a fit of 2 processes to have a loader of known length.*at_step=\.\.\."):
         Moment(at_epoch=2).check(FitLength(inf, inf, 0, 5, inf, inf), "FinalizeCompression", processes=2)
-
-
-class Sharded(Classifier):
-    """Shards its model, as ModelParallelStrategy asks for."""
-
-    def __init__(self) -> None:
-        super().__init__(Transformer(ffn=24))
-
-    def configure_model(self) -> None:
-        from torch.distributed.fsdp import fully_shard
-
-        assert self.device_mesh is not None
-        fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
-
-
-def sharded(callbacks: list[pl.Callback]) -> str:
-    fitting = trainer(*callbacks, strategy=ModelParallelStrategy(process_group_backend="gloo"), devices=2)
-    try:
-        fitting.fit(Sharded(), loader(sequences=True))
-    except ValueError as error:
-        return f"{fitting.global_step}: {error}"
-    return "went on"
-
-
-@pytest.mark.parametrize("alone", [False, True])
-def test_a_sharded_module_is_refused_before_the_first_step(alone: bool) -> None:
-    callbacks = [StructuredSparsity(strength=1.0)] if alone else [FinalizeCompression(macs=0.4)]
-    for found in in_processes(sharded, callbacks):
-        assert "0: Expected a strategy that keeps whole parameters in every process" in str(found)
-        assert "got ModelParallelStrategy" in found and "apply_plan_to_checkpoint" in found
 
 
 # Lightning's own launcher

@@ -75,6 +75,42 @@ def test_the_traced_module(module: Any, options: dict[str, Any], name: str) -> N
     assert session.structures[0].parameters[0].startswith(f"{prefix}layers")
 
 
+class Late(Classifier):
+    """Makes its model when the strategy is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = None
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = nn.Sequential(MLP())
+
+
+def test_a_module_that_is_made_in_configure_model_can_be_named() -> None:
+    lightning_module = Late()
+    assert session_after(lightning_module, module="model.0").traced is lightning_module.model[0]
+    with pytest.raises(ValueError, match=r"dotted name of a sub-module of Late, but got 'model.1'.*mean 'model.0'"):
+        session_after(Late(), module="model.1")
+
+
+def test_the_example_is_the_call_before_hooks_of_the_user() -> None:
+    lightning_module, seen = Classifier(), []
+    lightning_module.model.register_forward_pre_hook(lambda module, args: seen.append(args[0]) or (args[0] + 100,))
+    finalize = FinalizeCompression(units=0.5, at=1.0, kinds=("ffn",), report=False)
+
+    class Looks(pl.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            batch = finalize._session.batch
+            if batch is not None:
+                assert torch.equal(batch.args[0], seen[0])
+                self.looked = True
+
+    looks = Looks()
+    fit(lightning_module, finalize, looks, max_epochs=1)
+    assert looks.looked
+
+
 def test_the_largest_part_is_traced_and_the_others_are_named() -> None:
     with pytest.warns(UserWarning, match=r"trace the sub-module 'encoder'.*\['model'\] are left whole.*module='model'"):
         assert session_after(Parts()).traced_name == "encoder"
