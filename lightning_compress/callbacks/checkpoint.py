@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_compress.plan import PruningPlan
 from lightning_compress.polynomials import Polynomial
 from lightning_compress.structures import Pinned, Structures, named_tensors
 from lightning_compress.surgery import apply_plan
+from lightning_compress.surgery.record import records
 
 
 def structures_state(model: nn.Module, structures: Structures) -> dict[str, Any]:
@@ -43,8 +44,26 @@ def take_shape(model: nn.Module, plan: PruningPlan) -> None:
     The weights are about to be replaced by those of a checkpoint, and the removal was verified when it was made.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items() if name in plan.shapes}
-    if shapes != plan.new_shapes():
+    if shapes != plan.new_shapes() and (shapes == plan.shapes or not records(model)):
         apply_plan(model, plan)
+
+
+def check_shapes(pl_module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Raise ValueError where a module that has lost units is about to load the weights of a larger or smaller one."""
+    if not records(pl_module):
+        return
+    weights = checkpoint.get("state_dict", {})
+    for name, tensor in pl_module.state_dict().items():
+        if name in weights and isinstance(tensor, Tensor) and tensor.shape != weights[name].shape:
+            there, here = tuple(weights[name].shape), tuple(tensor.shape)
+            when = "before units were removed" if weights[name].numel() > tensor.numel() else "after other removals"
+            raise ValueError(
+                f"Expected a checkpoint of the small model, because that is what {type(pl_module).__name__} is now, "
+                f"but this one was written {when}, at step {checkpoint.get('global_step')}: {name!r} has the shape "
+                f"{there} there and {here} here. Build the module anew and pass that with the checkpoint, to the "
+                "Trainer with its callbacks or to lightning_compress.load_from_checkpoint: it takes the shape that "
+                "the checkpoint was written in."
+            )
 
 
 def before_load(pl_module: pl.LightningModule, prepare: Callable[[Mapping[str, Any]], None]) -> Callable[[], None]:

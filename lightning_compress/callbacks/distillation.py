@@ -122,6 +122,7 @@ class Distillation(Callback):
             return
         self._reset()
         self._session = CompressionSession.join(pl_module, self)
+        self._session.max_epochs = trainer.max_epochs
         self._session.before_removal.append(self._take_teacher)
         self._session.before_shape.append(lambda checkpoint: self._restore(pl_module, checkpoint))
 
@@ -142,7 +143,7 @@ class Distillation(Callback):
                 "none. Pass a trained module, whole or sharded by yourself: Distillation(teacher=...)."
             )
         session.watch(pl_module)
-        self._length = FitLength.of(trainer)
+        self._length = FitLength.of(trainer, session.max_epochs)
         if self._given is not None:
             self._start = 0.0
         elif session.sparsities:

@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -26,9 +25,11 @@ from lightning_compress.budget import (
     plan_for_latency,
     select,
 )
-from lightning_compress.callbacks.checkpoint import before_load, take_shape
+from lightning_compress.callbacks.averages import averaged_copies, take_integers_over
+from lightning_compress.callbacks.checkpoint import before_load, check_shapes, take_shape
 from lightning_compress.callbacks.latency_target import LatencyTarget
 from lightning_compress.callbacks.moments import FitLength, Moment
+from lightning_compress.callbacks.monitors import begin_anew
 from lightning_compress.callbacks.processes import Processes
 from lightning_compress.callbacks.removal import check_finite, make_report, remove_units
 from lightning_compress.callbacks.session import CompressionSession, log_progress, traced_module
@@ -216,9 +217,10 @@ class FinalizeCompression(Callback):
         self._module = pl_module
         if stage != "fit":
             # a checkpoint of the small model may be tested with a module that is still dense
-            self._undo = before_load(pl_module, lambda checkpoint: self._take_shape(pl_module, checkpoint))
+            self._undo = before_load(pl_module, lambda checkpoint: self._take_shape(trainer, pl_module, checkpoint))
             return
         session = self._session = CompressionSession.join(pl_module, self)
+        session.max_epochs = trainer.max_epochs
         if session.finalizer is not None:
             raise ValueError(
                 "Expected one FinalizeCompression in a Trainer, but got two. To remove in several rounds, use "
@@ -226,16 +228,9 @@ class FinalizeCompression(Callback):
                 f"FinalizeCompression({self.metric}={self.fraction:g}, {self.moment}, rounds=2)."
             )
         session.finalizer = self
-        session.take_shape.append(lambda checkpoint: self._take_shape(pl_module, checkpoint))
+        session.take_shape.append(lambda checkpoint: self._take_shape(trainer, pl_module, checkpoint))
         # steps and epochs that a development run does not reach; a fraction of it comes
         self.skipped = bool(trainer.fast_dev_run) and self.moment.at is None  # type: ignore[attr-defined]
-        averaging = getattr(callbacks, "WeightAveraging", ())  # since Lightning 2.6
-        if any(isinstance(c, averaging) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            raise ValueError(
-                "Expected no WeightAveraging beside FinalizeCompression: it averages the weights of the large model "
-                "with those of "
-                "the small one. Fine-tune with it in a fit of its own, after this one."
-            )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the moment of the removal comes in this fit."""
@@ -250,9 +245,10 @@ class FinalizeCompression(Callback):
             # an occupied folder is better found now than at the end
             session.processes.first("look at the folder for the small model", lambda: check_target(folder))
         session.watch(pl_module)
+        take_integers_over(trainer, pl_module)
         if self._latency is not None:
             self._latency.context = trainer.precision_plugin.forward_context
-        self._length = FitLength.of(trainer)
+        self._length = FitLength.of(trainer, session.max_epochs)
         if self.skipped:
             rank_zero_warn(
                 f"fast_dev_run: FinalizeCompression({self.moment}) skips the removal and its report, which come later "
@@ -267,7 +263,7 @@ class FinalizeCompression(Callback):
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Discover the structures with the sanity-validation batch, if there was one, and check the budget."""
         if self._joined().ensure_structures(trainer, pl_module):
-            self._check_budget()
+            self._check_budget(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember where the fit begins."""
@@ -304,7 +300,7 @@ class FinalizeCompression(Callback):
         first = session.structures is None or batch_idx == 0
         session.require_structures(trainer, pl_module)
         if first and self._done == 0:
-            self._check_budget()
+            self._check_budget(trainer, pl_module)
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
@@ -369,12 +365,16 @@ class FinalizeCompression(Callback):
         assert self._session is not None, "setup has not been called"
         return self._session
 
-    def _take_shape(self, pl_module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
-        """Make the module as small as the one whose weights are about to be loaded."""
+    def _take_shape(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+        """Make the module, and averaged copies of it, as small as the one whose weights are about to be loaded."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         session = None if state is None else state["session"]
         if session is not None and session["plan"] is not None:
-            take_shape(traced_module(pl_module, session["module"]), PruningPlan.from_json(session["plan"]))
+            plan = PruningPlan.from_json(session["plan"])
+            copies = averaged_copies(trainer, pl_module, session["module"])
+            for module in (traced_module(pl_module, session["module"]), *(copied.module for copied in copies)):
+                take_shape(module, plan)
+        check_shapes(pl_module, checkpoint)
 
     def _leave(self) -> None:
         if self._undo is not None:
@@ -386,8 +386,9 @@ class FinalizeCompression(Callback):
         self._dense = None
         self._taylor = None
 
-    def _check_budget(self) -> None:
+    def _check_budget(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise ValueError now, not after hours of training, if the target lies below the floors."""
+        averaged_copies(trainer, pl_module, self._joined().traced_name)
         structures = self._joined().structures
         assert structures is not None
         if self._joined().version == 0:
@@ -454,6 +455,7 @@ class FinalizeCompression(Callback):
         else:
             done = remove_units(session, trainer, pl_module, self._chosen())
             session.removed(done.plan)
+            begin_anew(trainer)
         self.surgery_reports.append(done)
         self._errors.append(_error(done))
         log_progress(pl_module, session.progress())

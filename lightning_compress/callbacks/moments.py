@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_compress.callbacks.processes import Processes
 
@@ -18,7 +19,7 @@ class FitLength:
         batches: training batches of the whole fit; inf where no number of epochs, or no length of the loader, limits
             it.
         batches_per_epoch: training batches of one epoch; inf for a loader of unknown length.
-        steps_per_epoch: optimizer steps of one epoch; 0 where they are not known.
+        steps_per_epoch: optimizer steps of one epoch; 0 where they are not known, or where epochs differ in it.
         epochs: ``max_epochs``; inf if there is none.
         steps: optimizer steps of the whole fit as far as they are known; inf if unknown.
         max_steps: the Trainer's own limit in optimizer steps; inf if there is none.
@@ -32,21 +33,33 @@ class FitLength:
     max_steps: float
 
     @classmethod
-    def of(cls, trainer: pl.Trainer) -> FitLength:
+    def of(cls, trainer: pl.Trainer, max_epochs: int | None = None) -> FitLength:
         """The length of the fit that ``trainer`` is about to run; sets up the training loader if need be.
+
+        Args:
+            trainer: the trainer.
+            max_epochs: its ``max_epochs`` as they were set up: StochasticWeightAveraging adds an epoch without steps
+                when the fit starts. Default: as they are.
 
         Raises:
             ValueError: if processes have different numbers of training batches.
         """
-        estimated = trainer.estimated_stepping_batches
-        # with a loader of unknown length and no max_steps Lightning answers -1
-        steps = float(estimated) if estimated > 0 else math.inf
         if trainer.train_dataloader is None:
             trainer.fit_loop.setup_data()
         per_epoch = float(trainer.num_training_batches)
-        epochs = float(trainer.max_epochs) if trainer.max_epochs is not None and trainer.max_epochs >= 0 else math.inf
+        limit = trainer.max_epochs if max_epochs is None else max_epochs
+        epochs = float(limit) if limit is not None and limit >= 0 else math.inf
         max_steps = float(trainer.max_steps) if trainer.max_steps >= 0 else math.inf
-        per_epoch_steps = math.ceil(per_epoch / trainer.accumulate_grad_batches) if math.isfinite(per_epoch) else 0
+        per_epoch_steps: float = 0
+        steps = max_steps
+        if math.isfinite(per_epoch):
+            counts = _steps_of_epochs(trainer, per_epoch)
+            per_epoch_steps = counts[0][1] if len(counts) == 1 else 0
+            if math.isfinite(epochs):
+                # each number of steps holds until the next one begins
+                ends = [*(min(epochs, begin) for begin, _ in counts[1:]), epochs]
+                spans = (end - min(epochs, begin) for (begin, _), end in zip(counts, ends, strict=True))
+                steps = min(max_steps, sum(span * n for span, (_, n) in zip(spans, counts, strict=True)))
         if not trainer.lightning_module.automatic_optimization:
             # a manual step may step several optimizers, or none: only max_steps says how many there will be
             steps, per_epoch_steps = max_steps, 0
@@ -67,6 +80,15 @@ class FitLength:
             if math.isfinite(limit) and limit > 0
         ]
         return min(1.0, max(parts)) if parts else math.nan
+
+
+def _steps_of_epochs(trainer: pl.Trainer, batches: float) -> list[tuple[int, int]]:
+    """Optimizer steps of an epoch of so many batches, with the epoch from which on that holds, beginning with 0."""
+    factors = {0: trainer.accumulate_grad_batches}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            factors = {**factors, **callback.scheduling}
+    return [(epoch, math.ceil(batches / factor)) for epoch, factor in sorted(factors.items())]
 
 
 def batches_done(trainer: pl.Trainer) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_compress.callbacks.averages import averaged_copies
 from lightning_compress.callbacks.session import CompressionSession
 from lightning_compress.callbacks.strategies import unwrapped
 from lightning_compress.plan import PruningPlan
@@ -58,21 +61,27 @@ def remove_units(
 ) -> SurgeryReport:
     """Apply ``plan`` to the traced module in every process, or in none.
 
-    Process 0 finds the ways of removal; the others follow them, and verify the result with their own example.
+    Process 0 finds the ways of removal; the others follow them, and verify the result with their own example. Averaged
+    copies of the module lose the same units in the same transaction; the report has the largest error of all of them.
     """
     processes, traced, example = session.processes, session.traced, session.example
     assert traced is not None and example is not None
     own: list[SurgeryReport] = []
+    copies = averaged_copies(trainer, pl_module, session.traced_name)
 
     def removed(plan: PruningPlan) -> SurgeryReport:
         verify = (example.args, example.kwargs)
-        own.append(apply_plan(traced, plan, optimizers=trainer.optimizers, verify=verify))
+        report = apply_plan(traced, plan, optimizers=trainer.optimizers, verify=verify)
+        every = [report, *(copied.remove(report.plan, example) for copied in copies)]
+        error, perturbed = (max(getattr(r, f) or 0.0 for r in every) for f in ("error", "perturbed_error"))
+        own.append(replace(report, error=error, perturbed_error=perturbed))
         return own[0]
 
     # surgery computes in float64 and on copies of the inputs: no autocast, no inference mode around it
     with torch.autocast(pl_module.device.type, enabled=False), unwrapped(trainer, pl_module):
         # what one process cannot do is undone in those that could
-        with Transaction(traced.modules(), trainer.optimizers):
+        modules = chain(traced.modules(), *(copied.module.modules() for copied in copies))
+        with Transaction(modules, trainer.optimizers):
             found = processes.first(
                 "remove units", lambda: removed(plan).plan, pack=PruningPlan.to_json, unpack=PruningPlan.from_json
             )

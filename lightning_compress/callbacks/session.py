@@ -64,6 +64,7 @@ class CompressionSession:
         processes: the processes of the fit.
         sharded: whether parameters are sharded over them. Then a removal happens to a copy, not to the module.
         exported: what was removed from the copy; None before.
+        max_epochs: those of the Trainer when the fit was set up.
     """
 
     _sessions: ClassVar[WeakKeyDictionary[pl.LightningModule, CompressionSession]] = WeakKeyDictionary()
@@ -83,6 +84,7 @@ class CompressionSession:
         self.processes = Processes()
         self.sharded = False
         self.exported: PruningPlan | None = None
+        self.max_epochs: int | None = None
         self.sparsities: list[StructuredSparsity] = []
         self.finalizer: FinalizeCompression | None = None
         self.before_removal: list[Callable[[], None]] = []
@@ -407,7 +409,7 @@ def log_progress(pl_module: pl.LightningModule, values: Mapping[str, float]) -> 
         pl_module.log(name, value, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
 
 
-def traced_module(pl_module: pl.LightningModule, name: str) -> nn.Module:
+def traced_module(pl_module: nn.Module, name: str) -> nn.Module:
     """The sub-module of this name; of a compiled one the original, which can be taken apart."""
     module = pl_module.get_submodule(name)
     original = getattr(module, "_orig_mod", module)

@@ -161,6 +161,7 @@ class StructuredSparsity(Callback):
             return
         self._reset()
         self._session = CompressionSession.join(pl_module, self)
+        self._session.max_epochs = trainer.max_epochs
         self._session.sparsities.append(self)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -172,7 +173,7 @@ class StructuredSparsity(Callback):
         if session.sharded:
             check_sparsity(self, session)
         session.watch(pl_module)
-        self._length = FitLength.of(trainer)
+        self._length = FitLength.of(trainer, session.max_epochs)
         finalizer = session.finalizer
         if finalizer is None and self.settings.automatic:
             raise ValueError(

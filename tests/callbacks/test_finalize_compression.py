@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, WeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
@@ -359,13 +359,8 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
             {},
             "Expected one FinalizeCompression in a Trainer, but got two",
         ),
-        (
-            [FinalizeCompression(macs=0.4), WeightAveraging()],
-            {},
-            "Expected no WeightAveraging beside FinalizeCompression",
-        ),
     ],
-    ids=["epoch", "step", "time", "floors", "nothing", "two", "averaging"],
+    ids=["epoch", "step", "time", "floors", "nothing", "two"],
 )
 def test_bad_fits_are_refused_at_their_start(
     callbacks: list[pl.Callback], options: dict[str, Any], message: str
