@@ -12,6 +12,7 @@ from lightning_compress.discovery.valueless import lacking_values
 from lightning_compress.explanation import Explanation, explanation_of
 from lightning_compress.structures import Structures
 from lightning_compress.surgery import prove as prove_structures
+from lightning_compress.surgery.guards import check_names
 
 
 def discover(
@@ -36,7 +37,8 @@ def discover(
         (``.pinned``).
 
     Raises:
-        ValueError: for an unknown kind; with ``prove`` also for a wrapped or compiled model (``SurgeryError``).
+        ValueError: for an unknown kind; for a compiled or scripted model, with ``prove`` also for a wrapped one
+            (``SurgeryError``).
 
     >>> import torch
     >>> from torch import nn
@@ -44,6 +46,7 @@ def discover(
     >>> [(s.kind, s.units, s.tier) for s in discover(model, (torch.randn(3, 4),), prove=True)]
     [('ffn', 8, 'native')]
     """
+    check_names(model)
     structures = trace_structures(model, args, kwargs, kinds)
     return prove_structures(model, structures, args, kwargs) if prove else structures
 

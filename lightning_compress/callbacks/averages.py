@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
+from lightning_compress.callbacks.compiled import eager
 from lightning_compress.callbacks.example import ExampleCall
 from lightning_compress.callbacks.session import traced_module
 from lightning_compress.plan import PruningPlan
@@ -42,7 +43,8 @@ class AveragedCopy:
         device = next((tensor.device for tensor in named_tensors(self.module).values()), torch.device("cpu"))
         verify = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), (example.args, example.kwargs))
         try:
-            return apply_plan(self.module, plan, verify=verify)
+            with eager(self.module):
+                return apply_plan(self.module, plan, verify=verify)
         except SurgeryError as error:
             raise SurgeryError(f"In the averaged weights of {self.owner}: {error}") from error
 

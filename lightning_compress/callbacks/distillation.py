@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_compress.callbacks.compiled import eager, is_compiled
 from lightning_compress.callbacks.moments import FitLength
 from lightning_compress.callbacks.plain_copy import is_sharded
 from lightning_compress.callbacks.session import CompressionSession, is_redirected_step, traced_module
@@ -141,6 +142,19 @@ class Distillation(Callback):
             raise ValueError(
                 "Expected a teacher for Distillation beside a sharded module, which cannot be copied as it is, but got "
                 "none. Pass a trained module, whole or sharded by yourself: Distillation(teacher=...)."
+            )
+        inside = [n for n, m in session.candidates(pl_module).items() if vars(m).get("_compiled_call_impl") is not None]
+        if getattr(pl_module, "_compiler_ctx", None) is not None or inside:
+            what = f"{inside[0]}.compile()" if inside else f"torch.compile({type(pl_module).__name__})"
+            raise ValueError(
+                f"Expected the call of the student not to be inside of what is compiled for Distillation, but got "
+                f"{what}, where it cannot be seen. Compile the model inside the LightningModule by self.model = "
+                "torch.compile(self.model), whose calls can."
+            )
+        if self.hidden and is_compiled(pl_module):
+            raise ValueError(
+                f"Expected Distillation(hidden={self.hidden:g}) of a model that is not compiled: hidden states inside "
+                "of what is compiled cannot be seen. Set hidden=0.0, or train without torch.compile."
             )
         session.watch(pl_module)
         self._length = FitLength.of(trainer, session.max_epochs)
@@ -319,7 +333,8 @@ class Distillation(Callback):
 
 def _copied(module: nn.Module) -> nn.Module:
     """A frozen copy in evaluation mode, without what the fit has put around the module."""
-    teacher = copy.deepcopy(module)
+    with eager(module):
+        teacher = copy.deepcopy(module)
     for name in ("training_step", "on_load_checkpoint"):
         vars(teacher).pop(name, None)
     remove_tokens(teacher)  # the teacher sees all tokens

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,6 +28,7 @@ from lightning_compress.budget import (
 )
 from lightning_compress.callbacks.averages import averaged_copies, take_integers_over
 from lightning_compress.callbacks.checkpoint import before_load, check_shapes, take_shape
+from lightning_compress.callbacks.compiled import eager, recompile
 from lightning_compress.callbacks.latency_target import LatencyTarget
 from lightning_compress.callbacks.moments import FitLength, Moment
 from lightning_compress.callbacks.monitors import begin_anew
@@ -36,10 +38,11 @@ from lightning_compress.callbacks.session import CompressionSession, log_progres
 from lightning_compress.callbacks.sharded import FOLDER, check_finalizer, is_sharded, remove_gathered
 from lightning_compress.callbacks.shrinkage import unit_costs
 from lightning_compress.callbacks.sparsity_settings import check_count, check_importance
+from lightning_compress.callbacks.step_times import StepTimes
 from lightning_compress.callbacks.strategies import check_strategy
 from lightning_compress.importance import Importance, TaylorAccumulator, unit_norms, unit_scores
 from lightning_compress.plan import PruningPlan
-from lightning_compress.report import CompressionReport, count_parameters, file_size
+from lightning_compress.report import CompressionReport, Latency, Round, count_parameters, file_size
 from lightning_compress.saving import save_compressed
 from lightning_compress.saving.save import check_target
 from lightning_compress.schedules import Shape, ramp
@@ -155,6 +158,9 @@ class FinalizeCompression(Callback):
         self._dense: nn.Module | None = None
         self._before: tuple[int, int] = (0, 0)
         self._errors: list[float] = []
+        self._rounds: list[Round] = []
+        self._times: StepTimes | None = None
+        self._measured_step = 0
         self._undo: Callable[[], None] | None = None
         self._module: pl.LightningModule | None = None
 
@@ -267,11 +273,20 @@ class FinalizeCompression(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember where the fit begins."""
-        self._last_step = trainer.global_step
+        self._last_step = self._measured_step = trainer.global_step
         session, length = self._joined(), self._length
         if session.sharded and self.finished and length and self.moment.position(trainer, length) < 1 - 1e-9:
             # a longer fit is resumed from the end of another, whose module is as large as before
             self._done, session.exported, self.report = 0, None, None
+        if self.wants_report and not self.skipped:
+            self._times = StepTimes(pl_module.device)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin to measure a training step."""
+        if self._times is not None:
+            self._times.begin()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -294,6 +309,7 @@ class FinalizeCompression(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Remove, when the moment has come and the optimizer has stepped."""
+        self._measure(trainer)
         session = self._joined()
         if self.finished or self.skipped:
             return
@@ -317,9 +333,10 @@ class FinalizeCompression(Callback):
             self._remove(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the small model, or say so if the fit ended before the removal."""
+        """Save the small model, or say so if the fit ended before the removal; complete the report."""
         if self.finished and self.folder is not None and self.saved is None and not self._joined().sharded:
             self._save(self.folder)
+        self._complete_report(trainer, pl_module)
         if not self.finished and not self.skipped:
             rank_zero_warn(
                 f"The fit ended after {trainer.global_step} optimizer steps, before "
@@ -344,6 +361,7 @@ class FinalizeCompression(Callback):
             "done": self._done,
             "before": list(self._before),
             "errors": list(self._errors),
+            "rounds": [asdict(r) for r in self._rounds],
             "report": None if self.report is None else self.report.to_json(),
             "latency": None if self._latency is None else self._latency.to_json(),
         }
@@ -355,6 +373,7 @@ class FinalizeCompression(Callback):
         self._done = state_dict["done"]
         self._before = tuple(state_dict["before"])
         self._errors = list(state_dict["errors"])
+        self._rounds = [Round.from_dict(r) for r in state_dict.get("rounds", ())]
         if self._latency is not None:
             self._latency.load(state_dict.get("latency"))
         self.report = None if state_dict["report"] is None else CompressionReport.from_json(state_dict["report"])
@@ -441,6 +460,7 @@ class FinalizeCompression(Callback):
     def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         session = self._joined()
         assert session.traced is not None and session.example is not None and session.structures is not None
+        taken = None if self._times is None else self._times.take()
         for sparsity in session.sparsities:
             sparsity.sparsifier.apply_pending()
         for prepare in session.before_removal:
@@ -449,15 +469,22 @@ class FinalizeCompression(Callback):
             self._before = (count_parameters(session.traced), file_size(session.traced) if self.wants_report else 0)
             # process 0 measures for all of them
             if (self.wants_report or self._latency is not None) and self._dense is None and not session.processes.rank:
-                self._dense = copy.deepcopy(session.traced)
+                with eager(session.traced):
+                    self._dense = copy.deepcopy(session.traced)
         if session.sharded:
             done = self._remove_gathered(trainer)
         else:
             done = remove_units(session, trainer, pl_module, self._chosen())
             session.removed(done.plan)
             begin_anew(trainer)
+            recompile(pl_module)
         self.surgery_reports.append(done)
         self._errors.append(_error(done))
+        left = count_parameters(session.traced)
+        self._end_phase(trainer, taken)
+        self._rounds.append(
+            Round(trainer.global_step, left, session.progress()["macs_kept"], done.seconds, before=taken)
+        )
         log_progress(pl_module, session.progress())
         self._taylor = None
         if self.finished and self.wants_report and not session.sharded:
@@ -474,13 +501,61 @@ class FinalizeCompression(Callback):
                 logger.log_metrics(self.report.metrics(), step=trainer.global_step)
         if self.finished:
             self._dense = None
+        if self._times is not None:
+            self._times.discard()
+
+    def _measure(self, trainer: pl.Trainer) -> None:
+        """Note how long the training batch took that has just ended."""
+        if self._times is None:
+            return
+        if trainer.fit_loop._skip_backward:  # statistics of batch norms are collected, nothing is trained
+            self._times.discard()
+        else:
+            self._times.end(stepped=trainer.global_step != self._measured_step)
+        self._measured_step = trainer.global_step
+
+    def _end_phase(self, trainer: pl.Trainer, taken: Latency | None) -> None:
+        """Note and log how long training steps took since the last removal."""
+        if taken is None:
+            return
+        if self._rounds:
+            self._rounds[-1] = replace(self._rounds[-1], after=taken)
+        for logger in trainer.loggers:
+            logger.log_metrics({"compression/seconds_per_step": taken.seconds}, step=trainer.global_step)
+
+    def _complete_report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add to the report how long training steps took after the last removal."""
+        if self._times is None or self.report is None:
+            return
+        self._end_phase(trainer, self._times.take())
+        report = replace(self.report, rounds=tuple(self._rounds))
+        # process 0 measures for all of them
+        self.report = report = self._joined().processes.first(
+            "report how long training steps take",
+            lambda: report,
+            pack=CompressionReport.to_json,
+            unpack=CompressionReport.from_json,
+        )
+        if text := report.rounds_text():
+            pl_module.print(f"Training steps before and after each removal, medians:\n{text}")
+        if report.training_speedup is not None:
+            for logger in trainer.loggers:
+                logger.log_metrics({"compression/training_speedup": report.training_speedup}, step=trainer.global_step)
 
     def _made_report(
         self, session: CompressionSession, context: AbstractContextManager[Any], step: int
     ) -> CompressionReport:
         assert session.traced is not None and session.structures is not None
         return make_report(
-            session, session.traced, session.structures, self._dense, self._before, max(self._errors), context, step
+            session,
+            session.traced,
+            session.structures,
+            self._dense,
+            self._before,
+            max(self._errors),
+            context,
+            step,
+            self._rounds,
         )
 
     def _remove_gathered(self, trainer: pl.Trainer) -> SurgeryReport:

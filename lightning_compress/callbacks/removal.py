@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import chain
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_compress.callbacks.averages import averaged_copies
+from lightning_compress.callbacks.compiled import eager
 from lightning_compress.callbacks.session import CompressionSession
 from lightning_compress.callbacks.strategies import unwrapped
 from lightning_compress.plan import PruningPlan
 from lightning_compress.report import (
     CompressionReport,
     Latency,
+    Round,
     StructureCount,
     count_parameters,
     file_size,
@@ -78,7 +80,7 @@ def remove_units(
         return own[0]
 
     # surgery computes in float64 and on copies of the inputs: no autocast, no inference mode around it
-    with torch.autocast(pl_module.device.type, enabled=False), unwrapped(trainer, pl_module):
+    with torch.autocast(pl_module.device.type, enabled=False), unwrapped(trainer, pl_module), eager(traced):
         # what one process cannot do is undone in those that could
         modules = chain(traced.modules(), *(copied.module.modules() for copied in copies))
         with Transaction(modules, trainer.optimizers):
@@ -97,6 +99,7 @@ def make_report(
     error: float,
     context: AbstractContextManager[Any] | None,
     step: int,
+    rounds: Sequence[Round] = (),
 ) -> CompressionReport:
     """The report of what has been removed in a fit so far.
 
@@ -109,6 +112,7 @@ def make_report(
         error: largest error of the removals.
         context: context in which the Trainer runs a forward pass (autocast); None where latency is left out.
         step: optimizer steps taken so far.
+        rounds: the removals, with the times of training steps.
     """
     original = session.dense
     assert original is not None
@@ -120,7 +124,7 @@ def make_report(
     latency: dict[str, tuple[Latency, Latency]] = {}
     if dense is not None and context is not None:
         calls = {f"batch of {c.size}" if c.size else "one call": c for c in (session.example, session.batch)}
-        with context:
+        with context, eager(session.traced):
             for what, call in calls.items():
                 models = {"before": dense, "after": small}
                 times = measure_latency(models, call.args, call.kwargs, max_seconds=LATENCY_SECONDS)
@@ -136,4 +140,5 @@ def make_report(
         pinned=len(original.pinned),
         module=session.traced_name,
         step=step,
+        rounds=tuple(rounds),
     )

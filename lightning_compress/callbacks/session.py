@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from weakref import WeakKeyDictionary
@@ -17,6 +17,7 @@ from torch import nn
 from lightning_compress.analysis import discover
 from lightning_compress.budget import kept_fraction
 from lightning_compress.callbacks.checkpoint import before_load, structures_from_state, structures_state
+from lightning_compress.callbacks.compiled import eager, uncompiled_calls
 from lightning_compress.callbacks.example import ExampleCall, smallest_example, undisturbed
 from lightning_compress.callbacks.optimizer_steps import OptimizerSteps
 from lightning_compress.callbacks.plain_copy import plain_copy, reshard
@@ -95,6 +96,7 @@ class CompressionSession:
         self._kinds: dict[str, None] = {}
         self._members: list[object] = []
         self._hooks: list[Any] = []
+        self._uncompiled = ExitStack()
         self._calls: dict[str, ExampleCall] = {}
         self._closed = False
 
@@ -152,6 +154,7 @@ class CompressionSession:
             return
         if self.module_name is not None and self.traced is None:
             self.traced = _named_module(pl_module, self.module_name)
+        self._uncompiled = uncompiled_calls(pl_module)
         for name, module in self.candidates(pl_module).items():
             # first of all hooks: it is the call that is repeated, and others (casts, masks) will happen to it again
             self._hooks.append(
@@ -161,7 +164,8 @@ class CompressionSession:
     def candidates(self, pl_module: pl.LightningModule) -> dict[str, nn.Module]:
         """Modules that may be the traced one: the one named or found, else the LightningModule and its children."""
         if self.traced is not None:
-            return {self.traced_name: self.traced}
+            # of a compiled one the wrapper, whose hooks are outside of what was compiled
+            return {self.traced_name: pl_module.get_submodule(self.traced_name)}
         modules: dict[str, nn.Module] = {}
         if is_overridden("forward", pl_module):
             modules[""] = pl_module
@@ -179,6 +183,7 @@ class CompressionSession:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._uncompiled.close()
 
     def resolve(self, pl_module: pl.LightningModule) -> bool:
         """Decide, after a step, which module is traced; False while none has been called."""
@@ -218,7 +223,7 @@ class CompressionSession:
             return False
         traced, batch = self.traced, self.batch
         assert traced is not None and batch is not None
-        with plainly(pl_module):
+        with plainly(pl_module), eager(traced):
             self.example = self.processes.together(
                 "call the module that is traced", lambda: self._narrowed(traced, batch)
             )
@@ -238,7 +243,7 @@ class CompressionSession:
             return True  # found already, or known from a checkpoint
         traced, example = self.traced, self.example
         assert traced is not None and example is not None
-        with plainly(pl_module):
+        with plainly(pl_module), eager(traced):
             self.structures = self.dense = self.processes.first(
                 "discover structures",
                 lambda: self._discovered(traced, example, pl_module),

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_compress.callbacks.compiled import is_compiled
 from lightning_compress.callbacks.groups import Groups
 from lightning_compress.callbacks.moments import FitLength, Moment
 from lightning_compress.callbacks.processes import Processes
@@ -172,6 +173,12 @@ class StructuredSparsity(Callback):
         session.sharded = is_sharded(pl_module)
         if session.sharded:
             check_sparsity(self, session)
+        if "hidden" in self.kinds and is_compiled(pl_module):
+            raise ValueError(
+                "Expected a model that is not compiled for StructuredSparsity(kinds=('hidden', ...)): its norms leave "
+                "out units as they reach zero, which compiled code does not notice. Train without torch.compile, or "
+                "choose other kinds."
+            )
         session.watch(pl_module)
         self._length = FitLength.of(trainer, session.max_epochs)
         finalizer = session.finalizer

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from lightning_compress.report.rounds import Round, rows, training_speedup
 from lightning_compress.timing import Latency
 
 
@@ -45,6 +46,8 @@ class CompressionReport:
         pinned: families of units that stay whole.
         module: name of the compressed module.
         step: optimizer steps taken before the last removal.
+        rounds: the removals, and how long training steps took before and after each; the steps after the last one are
+            known when the fit ends.
     """
 
     params: tuple[int, int]
@@ -57,6 +60,7 @@ class CompressionReport:
     pinned: int = 0
     module: str = ""
     step: int = 0
+    rounds: tuple[Round, ...] = ()
 
     @property
     def macs_kept(self) -> float:
@@ -71,9 +75,19 @@ class CompressionReport:
         before, after = list(self.latency.values())[-1]
         return before.seconds / after.seconds
 
+    @property
+    def training_speedup(self) -> float | None:
+        """How many times faster training steps are after the last removal than before the first; None if not known."""
+        return training_speedup(self.rounds)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain numbers, ready for JSON."""
-        return {**asdict(self), "macs_kept": self.macs_kept, "speedup": self.speedup}
+        return {
+            **asdict(self),
+            "macs_kept": self.macs_kept,
+            "speedup": self.speedup,
+            "training_speedup": self.training_speedup,
+        }
 
     def to_json(self) -> str:
         """The report as JSON text."""
@@ -83,7 +97,8 @@ class CompressionReport:
     def from_json(cls, text: str) -> CompressionReport:
         """The report that ``to_json`` has written."""
         data = json.loads(text)
-        values = {f.name: data[f.name] for f in fields(cls)}
+        values = {f.name: data[f.name] for f in fields(cls) if f.name != "rounds"}
+        values["rounds"] = tuple(Round.from_dict(r) for r in data.get("rounds", ()))
         for name in ("params", "macs", "prunable_macs", "bytes"):
             values[name] = tuple(values[name])
         values["structures"] = tuple(StructureCount(**s) for s in values["structures"])
@@ -103,6 +118,8 @@ class CompressionReport:
         }
         if self.speedup is not None:
             values["compression/speedup"] = self.speedup
+        if self.training_speedup is not None:
+            values["compression/training_speedup"] = self.training_speedup
         return values
 
     def __str__(self) -> str:
@@ -126,13 +143,19 @@ class CompressionReport:
             table = [("structure", "kind", "kept", "tier")]
             table += [(s.name, s.kind, f"{s.kept} of {s.units}", s.tier or "") for s in self.structures]
             lines += ["  " + line for line in _aligned(table)]
+        if measured := self.rounds_text():
+            lines.append(measured)
         if self.pinned:
             lines.append(f"  {self.pinned} more families of units stay whole; explain(...) says why")
         return "\n".join(lines)
 
+    def rounds_text(self) -> str:
+        """How long training steps took before and after each removal; empty before that is known."""
+        return "\n".join("  " + line for line in _aligned(rows(self.rounds)))
+
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
     lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]

@@ -18,6 +18,7 @@ from lightning_compress.saving.base import base_of
 from lightning_compress.saving.load import load_compressed
 from lightning_compress.saving.manifest import MANIFEST, WEIGHTS, FileEntry, Manifest
 from lightning_compress.saving.state import entries, state_of
+from lightning_compress.surgery.guards import check_names
 from lightning_compress.surgery.record import records
 from lightning_compress.tokens.record import token_records
 
@@ -48,10 +49,12 @@ def save_compressed(
         The manifest.
 
     Raises:
-        ValueError: for state that is no dense tensor; or if the model cannot be built again from what would be saved.
+        ValueError: for a compiled or scripted model; for state that is no dense tensor; or if the model cannot be built
+            again from what would be saved.
         FileExistsError: if the folder is not empty and not to be replaced, or holds other things.
     """
     target = Path(folder)
+    check_names(model)
     check_target(target, overwrite)
     tensors, shared = state_of(model)
     target.parent.mkdir(parents=True, exist_ok=True)

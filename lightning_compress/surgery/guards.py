@@ -17,7 +17,8 @@ _WRAPPERS = {
     "DistributedDataParallel": "Pass model.module and wrap it again afterwards: a live reducer keeps the old shapes.",
     "FullyShardedDataParallel": "Remove units before the model is sharded, and shard the smaller model.",
     "FSDPModule": "Remove units before the model is sharded, and shard the smaller model.",
-    "OptimizedModule": "Pass model._orig_mod and compile it again afterwards.",
+    "OptimizedModule": "Pass model._orig_mod and compile it again afterwards; inside a model that a fit compresses, "
+    "compile in place: module.compile().",
 }
 _SCRIPTED = "Remove units from the eager module and script the smaller one."
 
@@ -41,6 +42,18 @@ def check_plain(model: nn.Module) -> None:
             raise SurgeryError(
                 f"Expected the plain module, but {type(module).__name__}{where} was compiled in place by "
                 "module.compile(). Remove units first, then compile."
+            )
+
+
+def check_names(model: nn.Module) -> None:
+    """Raise SurgeryError for a scripted module, or one with the names of ``torch.compile``: plans have other names."""
+    for path, module in model.named_modules():
+        where = f" at {path!r}" if path else ""
+        if isinstance(module, torch.jit.ScriptModule) and not path:
+            raise SurgeryError(f"Expected the plain module, but got {type(module).__name__}. {_SCRIPTED}")
+        if type(module).__name__ == "OptimizedModule":
+            raise SurgeryError(
+                f"Expected the plain module, but got OptimizedModule{where}. {_WRAPPERS['OptimizedModule']}"
             )
 
 
