@@ -20,12 +20,13 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_compress.polynomials import Polynomial
+from lightning_compress.strict_json import StrictReader
 from lightning_compress.structures import (
     KINDS,
     AttributeEdit,
@@ -146,6 +147,10 @@ def dumps(
 
 # The reader. Every function takes the key path of its value, so that an error says where: "structures[2].kept[0]".
 
+_READER = StrictReader("pruning plan")
+_refuse, _object, _items = _READER.refuse, _READER.object, _READER.items
+_string, _integer, _boolean = _READER.string, _READER.integer, _READER.boolean
+
 
 def loads(text: str) -> tuple[tuple[Structure, ...], dict[str, tuple[int, ...]], dict[str, tuple[int, ...]], bool]:
     """Structures, kept units, shapes and whether that was verified, out of JSON text.
@@ -153,100 +158,37 @@ def loads(text: str) -> tuple[tuple[Structure, ...], dict[str, tuple[int, ...]],
     Raises:
         ValueError: with the key path of what is wrong.
     """
-    try:
-        data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"Expected a pruning plan as JSON, but it cannot be parsed: {error}.") from None
-    data = _object(data, "plan", {"format", "version", "verified", "shapes", "structures"})
+    data = _object(_READER.parse(text), "plan", {"format", "version", "verified", "shapes", "structures"})
     if data["format"] != NAME:
         _refuse("format", repr(NAME), data["format"])
     if data["version"] != VERSION or isinstance(data["version"], bool):
         _refuse("version", f"{VERSION} (newer plans need a newer lightning_compress)", data["version"])
-    if not isinstance(data["verified"], bool):
-        _refuse("verified", "true or false", data["verified"])
+    verified = _boolean(data["verified"], "verified")
     if not isinstance(data["shapes"], dict):
         _refuse("shapes", "an object from parameter name to shape", data["shapes"])
     shapes = {name: _shape(shape, f"shapes[{name!r}]") for name, shape in data["shapes"].items()}
     structures: list[Structure] = []
     kept: dict[str, tuple[int, ...]] = {}
-    for i, value in enumerate(_list(data["structures"], "structures")):
-        path = f"structures[{i}]"
+    for path, value in _items(data["structures"], "structures"):
         structure, units = _structure(value, path)
         if structure.name in kept:
             _refuse(f"{path}.name", "a name that no other structure has", structure.name)
         structures.append(structure)
         kept[structure.name] = units
-    return tuple(structures), kept, shapes, data["verified"]
-
-
-def _refuse(path: str, expected: str, got: object) -> NoReturn:
-    shown = repr(got)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    raise ValueError(f"Malformed pruning plan: expected {path} to be {expected}, but got {shown}.")
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"Malformed pruning plan: expected finite numbers, but got {name}.")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"Malformed pruning plan: expected each key once in an object, but got {twice} twice.")
-    return data
-
-
-def _object(value: Any, path: str, keys: set[str]) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        _refuse(path, f"an object with the keys {sorted(keys)}", value)
-    if set(value) != keys:
-        missing, unknown = sorted(keys - set(value)), sorted(set(value) - keys)
-        raise ValueError(
-            f"Malformed pruning plan: expected {path} to have the keys {sorted(keys)}, "
-            f"but {missing} are missing and {unknown} are unknown."
-        )
-    return value
-
-
-def _list(value: Any, path: str) -> list[Any]:
-    if not isinstance(value, list):
-        _refuse(path, "a list", value)
-    return value
-
-
-def _items(value: Mapping[str, Any], path: str, key: str) -> list[tuple[str, Any]]:
-    """The items of the list at ``key``, each with its key path."""
-    return [(f"{path}.{key}[{i}]", item) for i, item in enumerate(_list(value[key], f"{path}.{key}"))]
-
-
-def _string(value: Any, path: str, choices: Sequence[str] | None = None) -> str:
-    if not isinstance(value, str):
-        _refuse(path, "a string", value)
-    if choices is not None and value not in choices:
-        _refuse(path, f"one of {tuple(choices)}", value)
-    return value
-
-
-def _integer(value: Any, path: str, low: int, high: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        _refuse(path, f"an integer from {low} to {high}", value)
-    return value
+    return tuple(structures), kept, shapes, verified
 
 
 def _shape(value: Any, path: str) -> tuple[int, ...]:
-    sizes = _list(value, path)
+    sizes = _items(value, path)
     if len(sizes) > LARGEST_RANK:
         _refuse(path, f"a list of at most {LARGEST_RANK} sizes", value)
-    return tuple(_integer(n, f"{path}[{i}]", 0, LARGEST_AXIS) for i, n in enumerate(sizes))
+    return tuple(_integer(n, where, 0, LARGEST_AXIS) for where, n in sizes)
 
 
 def decode_ranges(value: Any, path: str, size: int, longest: int) -> list[int]:
     """At most ``longest`` integers in [0, size); counted before they are made."""
     values: list[int] = []
-    for i, item in enumerate(_list(value, path)):
-        where = f"{path}[{i}]"
+    for where, item in _items(value, path):
         if not isinstance(item, list):
             values.append(_integer(item, where, 0, size - 1))
         else:
@@ -267,13 +209,13 @@ def decode_ranges(value: Any, path: str, size: int, longest: int) -> list[int]:
 def _table(value: Any, path: str, units: int, size: int) -> Tensor:
     """Positions of each unit, int64 of shape (units, positions)."""
     if isinstance(value, dict) and "rows" in value:
-        rows = _list(_object(value, path, {"rows"})["rows"], f"{path}.rows")
+        rows = _items(_object(value, path, {"rows"})["rows"], f"{path}.rows")
         if len(rows) != units:
             _refuse(f"{path}.rows", f"a list of {units} rows, one per unit", f"{len(rows)} rows")
-        table = [decode_ranges(row, f"{path}.rows[{u}]", size, size // units) for u, row in enumerate(rows)]
-        for u, row in enumerate(table):
+        table = [decode_ranges(row, where, size, size // units) for where, row in rows]
+        for (where, _), row in zip(rows, table, strict=True):
             if len(row) != len(table[0]):
-                _refuse(f"{path}.rows[{u}]", f"{len(table[0])} positions like the first row", f"{len(row)} positions")
+                _refuse(where, f"{len(table[0])} positions like the first row", f"{len(row)} positions")
         return torch.tensor(table, dtype=torch.long).reshape(units, -1)
     value = _object(value, path, {"stride", "pattern"})
     stride = _integer(value["stride"], f"{path}.stride", -size, size)
@@ -286,14 +228,13 @@ def _table(value: Any, path: str, units: int, size: int) -> Tensor:
 
 def _polynomial(value: Any, path: str) -> Polynomial:
     terms: dict[tuple[str, ...], float] = {}
-    for i, term in enumerate(_list(value, path)):
-        where = f"{path}[{i}]"
+    for where, term in _items(value, path):
         if not isinstance(term, list) or len(term) != 2:
             _refuse(where, "a list [coefficient, [variable, ...]]", term)
         coefficient = term[0]
         if not isinstance(coefficient, int | float) or isinstance(coefficient, bool) or not math.isfinite(coefficient):
             _refuse(f"{where}[0]", "a finite number", coefficient)
-        names = tuple(_string(n, f"{where}[1][{j}]") for j, n in enumerate(_list(term[1], f"{where}[1]")))
+        names = tuple(_string(item, place) for place, item in _items(term[1], f"{where}[1]"))
         if names in terms or names != tuple(sorted(names)):
             _refuse(f"{where}[1]", "sorted variables that occur in no other term", term[1])
         terms[names] = float(coefficient)
@@ -329,8 +270,8 @@ def _module_edit(value: Any, path: str) -> ModuleEdit:
     passage = None if value["passage"] is None else _passage(value["passage"], f"{path}.passage")
     if passage is None and way == "skip":
         _refuse(f"{path}.passage", "an object where the module is skipped", None)
-    numbers = tuple(_string(item, where) for where, item in _items(value, path, "numbers"))
-    for where, number in zip((w for w, _ in _items(value, path, "numbers")), numbers, strict=True):
+    numbers = tuple(_string(item, where) for where, item in _items(value["numbers"], f"{path}.numbers"))
+    for where, number in zip((w for w, _ in _items(value["numbers"], f"{path}.numbers")), numbers, strict=True):
         if not PATH.fullmatch(number):
             _refuse(where, "the path of an attribute", number)
     return ModuleEdit(_string(value["module"], f"{path}.module"), way, passage, numbers)  # type: ignore[arg-type]
@@ -339,9 +280,9 @@ def _module_edit(value: Any, path: str) -> ModuleEdit:
 def _passage(value: Any, path: str) -> Passage:
     value = _object(value, path, {"form", "items", "keys"})
     form = _string(value["form"], f"{path}.form", ("tensor", "tuple", "list", "dict"))
-    keys = tuple(_string(item, where) for where, item in _items(value, path, "keys"))
+    keys = tuple(_string(item, where) for where, item in _items(value["keys"], f"{path}.keys"))
     items: list[int | str | None] = []
-    for where, item in _items(value, path, "items"):
+    for where, item in _items(value["items"], f"{path}.items"):
         if isinstance(item, str):
             items.append(_string(item, where))
         else:
@@ -362,15 +303,13 @@ def _norm(value: Any, path: str) -> Normalisation:
 def _slice(value: Any, path: str, units: int) -> Slice:
     value = _object(value, path, {"parameter", "axis", "size", "role", "zero", "indices"})
     size = _integer(value["size"], f"{path}.size", 1, LARGEST_AXIS)
-    if not isinstance(value["zero"], bool):
-        _refuse(f"{path}.zero", "true or false", value["zero"])
     return Slice(
         parameter=_string(value["parameter"], f"{path}.parameter"),
         axis=_integer(value["axis"], f"{path}.axis", 0, LARGEST_RANK - 1),
         size=size,
         indices=_table(value["indices"], f"{path}.indices", units, size),
         role=_string(value["role"], f"{path}.role", get_args(Role)),  # type: ignore[arg-type]
-        zero=value["zero"],
+        zero=_boolean(value["zero"], f"{path}.zero"),
     )
 
 
@@ -385,13 +324,13 @@ def _structure(value: Any, path: str) -> tuple[Structure, tuple[int, ...]]:
         name=_string(value["name"], f"{path}.name"),
         kind=_string(value["kind"], f"{path}.kind", KINDS),
         units=units,
-        slices=tuple(_slice(item, where, units) for where, item in _items(value, path, "slices")),
-        sizes=tuple(_polynomial(item, where) for where, item in _items(value, path, "sizes")),
+        slices=tuple(_slice(item, where, units) for where, item in _items(value["slices"], f"{path}.slices")),
+        sizes=tuple(_polynomial(item, where) for where, item in _items(value["sizes"], f"{path}.sizes")),
         tier=tier,
-        edits=tuple(_edit(item, where) for where, item in _items(value, path, "edits")),
+        edits=tuple(_edit(item, where) for where, item in _items(value["edits"], f"{path}.edits")),
         floor=_integer(value["floor"], f"{path}.floor", 0, units),
-        norms=tuple(_norm(item, where) for where, item in _items(value, path, "norms")),
-        members=tuple(_string(item, where) for where, item in _items(value, path, "members")),
+        norms=tuple(_norm(item, where) for where, item in _items(value["norms"], f"{path}.norms")),
+        members=tuple(_string(item, where) for where, item in _items(value["members"], f"{path}.members")),
     )
     if structure.members and len(structure.members) != units:
         _refuse(f"{path}.members", f"a list of {units} module paths, one per unit", value["members"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import inf, isfinite
 from typing import Any, NoReturn
 
@@ -33,7 +33,7 @@ class StrictReader:
         shown = shown if len(shown) <= SHOWN else shown[: SHOWN - 3] + "..."
         raise ValueError(f"Malformed {self.what}: expected {path} to be {expected}, but got {shown}.")
 
-    def object(self, value: Any, path: str, keys: Sequence[str]) -> dict[str, Any]:
+    def object(self, value: Any, path: str, keys: Collection[str]) -> dict[str, Any]:
         """An object with exactly these keys."""
         if not isinstance(value, dict):
             self.refuse(path, f"an object with the keys {sorted(keys)}", value)

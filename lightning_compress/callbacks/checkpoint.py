@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -38,14 +38,38 @@ def _terms(polynomial: Polynomial) -> list[tuple[list[str], float]]:
     return [(list(key), coefficient) for key, coefficient in polynomial]
 
 
-def take_shape(model: nn.Module, plan: PruningPlan) -> None:
-    """Remove from ``model`` what ``plan`` does not keep, unless that has happened already.
+def plans_state(plans: Sequence[PruningPlan]) -> list[str]:
+    """Plans as text."""
+    return [plan.to_json() for plan in plans]
 
-    The weights are about to be replaced by those of a checkpoint, and the removal was verified when it was made.
+
+def plans_from_state(session: Mapping[str, Any]) -> list[PruningPlan]:
+    """The removals that the state of a session tells of, one after the other.
+
+    A checkpoint of an earlier version has one plan for all of them.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items() if name in plan.shapes}
-    if shapes != plan.new_shapes() and (shapes == plan.shapes or not records(model)):
-        apply_plan(model, plan)
+    texts = session.get("plans")
+    if texts is None:
+        texts = [] if session["plan"] is None else [session["plan"]]
+    return [PruningPlan.from_json(text) for text in texts]
+
+
+def take_shape(model: nn.Module, plans: Sequence[PruningPlan]) -> None:
+    """Carry out ``plans``, one after the other, but for those that have been carried out on ``model`` already.
+
+    Each goes in its own way, which need not be that of the one before. The weights are about to be replaced by those of
+    a checkpoint, and the removals were verified when they were made.
+    """
+
+    def shapes(plan: PruningPlan) -> dict[str, tuple[int, ...]]:
+        tensors = named_tensors(model)
+        return {name: tuple(tensors[name].shape) for name in plan.shapes if name in tensors}
+
+    dense = bool(plans) and shapes(plans[0]) == plans[0].shapes
+    done = [] if dense else [n for n, plan in enumerate(plans, 1) if shapes(plan) == plan.new_shapes()]
+    for plan in plans[max(done, default=0) :]:
+        if shapes(plan) != plan.new_shapes() and (shapes(plan) == plan.shapes or not records(model)):
+            apply_plan(model, plan)
 
 
 def check_shapes(pl_module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:

@@ -6,8 +6,8 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,7 +27,7 @@ from lightning_compress.budget import (
     select,
 )
 from lightning_compress.callbacks.averages import averaged_copies, take_integers_over
-from lightning_compress.callbacks.checkpoint import before_load, check_shapes, take_shape
+from lightning_compress.callbacks.checkpoint import before_load, check_shapes, plans_from_state, take_shape
 from lightning_compress.callbacks.compiled import eager, recompile
 from lightning_compress.callbacks.latency_target import LatencyTarget
 from lightning_compress.callbacks.moments import FitLength, Moment
@@ -388,11 +388,11 @@ class FinalizeCompression(Callback):
         """Make the module, and averaged copies of it, as small as the one whose weights are about to be loaded."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         session = None if state is None else state["session"]
-        if session is not None and session["plan"] is not None:
-            plan = PruningPlan.from_json(session["plan"])
+        plans = [] if session is None else plans_from_state(session)
+        if session is not None and plans:
             copies = averaged_copies(trainer, pl_module, session["module"])
             for module in (traced_module(pl_module, session["module"]), *(copied.module for copied in copies)):
-                take_shape(module, plan)
+                take_shape(module, plans)
         check_shapes(pl_module, checkpoint)
 
     def _leave(self) -> None:
@@ -447,7 +447,8 @@ class FinalizeCompression(Callback):
             if self._latency is None or not self.finished:
                 return make_plan(model, structures, scores=scores, **options)
             goal, table = self._latency.goal(session, target, self._dense), self._latency.table(session)
-            return plan_for_latency(model, structures, goal, table, scores, **self._limits())[0]
+            plan, self._latency.met = plan_for_latency(model, structures, goal, table, scores, **self._limits())
+            return plan
 
         with warnings.catch_warnings():
             if not self.finished:
@@ -497,6 +498,8 @@ class FinalizeCompression(Callback):
             )
         if self.finished and self.report is not None:
             pl_module.print(str(self.report))
+            if self._latency is not None:
+                self._latency.check(session, self.report, self.fraction)
             for logger in trainer.loggers:
                 logger.log_metrics(self.report.metrics(), step=trainer.global_step)
         if self.finished:

@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_compress.budget import BudgetWarning
 from lightning_compress.callbacks.example import ExampleCall
 from lightning_compress.callbacks.session import CompressionSession
 from lightning_compress.callbacks.sparsity_settings import check_count
 from lightning_compress.latency import LatencyGoal, LatencyTable, measure_latency_table
+from lightning_compress.latency.loop import TOLERANCE, LatencyMet
+from lightning_compress.report import CompressionReport
 from lightning_compress.timing import measure_latency
 
 SECONDS = 30.0
@@ -27,11 +31,15 @@ class LatencyTarget:
         examples: examples of the first batch in the measured call; None for all of it.
         seconds: bound on measuring, for the table and again for the removal.
         context: makes the context in which the Trainer runs a forward pass.
+
+    Attributes:
+        met: how well the last plan met it, by the measurements before its removal; None where no plan was measured.
     """
 
     examples: int | None = None
     seconds: float = SECONDS
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    met: LatencyMet | None = field(default=None, repr=False)
     _table: LatencyTable | None = field(default=None, repr=False)
 
     @classmethod
@@ -53,7 +61,7 @@ class LatencyTarget:
 
     def forget(self) -> None:
         """Begin a new fit."""
-        self._table = None
+        self._table = self.met = None
 
     def call(self, session: CompressionSession) -> ExampleCall:
         """The call that is measured; raises ValueError if the first batch has too few examples."""
@@ -112,6 +120,27 @@ class LatencyTarget:
             context=self.context,
             measure=measure_latency,
         )
+
+    def check(self, session: CompressionSession, report: CompressionReport, fraction: float) -> None:
+        """Warn if the finished module misses ``fraction`` of the dense latency, although its plan had met it.
+
+        A plan that did not meet it was warned about when it was made.
+        """
+        size = self.call(session).size
+        times = report.latency.get(f"batch of {size}" if size else "one call")
+        if times is None or self.met is None or not self.met.met:
+            return
+        before, after = (latency.seconds for latency in times)
+        ratio = after / before / fraction
+        if abs(ratio - 1) > TOLERANCE:
+            rank_zero_warn(
+                f"Expected latency={fraction:g} of one call within {TOLERANCE:.0%}, as the plan measured before the "
+                f"removal, but the finished module takes {after * 1e3:.3g} ms where the dense one takes "
+                f"{before * 1e3:.3g} ms, {abs(ratio - 1):.0%} {'above' if ratio > 1 else 'below'} what was asked for. "
+                "Measurements of one module differ by that much here: measure for longer (latency_seconds=...), when "
+                "less else runs, or on an idle device.",
+                category=BudgetWarning,
+            )
 
     def to_json(self) -> str | None:
         """The table for a checkpoint."""

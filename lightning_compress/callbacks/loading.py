@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 
-from lightning_compress.callbacks.checkpoint import take_shape
+from lightning_compress.callbacks.checkpoint import plans_from_state, take_shape
 from lightning_compress.callbacks.session import traced_module
 from lightning_compress.callbacks.token_record import install_state, runtimes_in
 from lightning_compress.plan import PruningPlan
@@ -43,8 +43,8 @@ def load_from_checkpoint(
         )
 
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-        for name, plan in removals_in(checkpoint):
-            take_shape(traced_module(self, name), plan)
+        for name, plans in removals_in(checkpoint):
+            take_shape(traced_module(self, name), plans)
         for name, state in runtimes_in(checkpoint):
             install_state(traced_module(self, name), state)
         kind.on_load_checkpoint(self, checkpoint)
@@ -58,13 +58,14 @@ def load_from_checkpoint(
     return module
 
 
-def removals_in(checkpoint: Mapping[str, Any]) -> list[tuple[str, PruningPlan]]:
-    """What a checkpoint tells of removals: name of the module that lost units, and the plan in dense coordinates."""
+def removals_in(checkpoint: Mapping[str, Any]) -> list[tuple[str, list[PruningPlan]]]:
+    """What a checkpoint tells of removals: name of the module that lost units, and the plans, one after the other."""
     found = []
     for key, state in checkpoint.get("callbacks", {}).items():
         session = state.get("session") if key.startswith(OWNER) and isinstance(state, Mapping) else None
-        if session is not None and session["plan"] is not None:
-            found.append((session["module"], PruningPlan.from_json(session["plan"])))
+        plans = [] if session is None else plans_from_state(session)
+        if plans:
+            found.append((session["module"], plans))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -12,13 +13,34 @@ from torch.utils.hooks import RemovableHandle
 GroupKey = tuple[int, int]  # number of the optimizer, number of its parameter group
 
 
+@dataclass
+class PendingSteps:
+    """Steps that somebody has not acted on yet.
+
+    The sums begin at zero each time they are acted on: differences of ever larger totals would depend, in their last
+    bits, on what had been summed up before, and a resumed fit would not repeat the one that was interrupted.
+
+    Args:
+        count: how many.
+        sums: sum of the learning rates of these steps, of every group that has stepped.
+    """
+
+    count: int = 0
+    sums: dict[GroupKey, float] = field(default_factory=dict)
+
+    def take(self) -> dict[GroupKey, float]:
+        """The sums; they are acted on now."""
+        sums, self.count, self.sums = self.sums, 0, {}
+        return sums
+
+
 class OptimizerSteps:
     """Counts the real steps of optimizers and sums up the learning rate of each parameter group over them.
 
     A hook on the optimizer itself sees exactly the steps that happen: not the micro-batches of gradient accumulation,
     not a step that a gradient scaler skips, each step of each optimizer under manual optimization; and it sees the
-    learning rate of that very step, before a scheduler changes it. A decoupled regularizer shrinks by the *difference*
-    of two readings of ``sums``, so that steps it did not act on at once are not lost.
+    learning rate of that very step, before a scheduler changes it. A decoupled regularizer shrinks by the sums of its
+    ``pending`` steps, so that steps it did not act on at once are not lost.
 
     Attributes:
         count: steps of all optimizers.
@@ -29,7 +51,7 @@ class OptimizerSteps:
         self.count = 0
         self.optimizers: list[Optimizer] = []
         self._handles: list[RemovableHandle] = []
-        self._sums: dict[GroupKey, float] = {}
+        self._pending: list[PendingSteps] = []
         self._rates: dict[GroupKey, float] = {}
         self._owner: dict[int, GroupKey] = {}
 
@@ -67,10 +89,13 @@ class OptimizerSteps:
             if isinstance(found_inf, Tensor) and bool(found_inf.item()):
                 return
             self.count += 1
+            for pending in self._pending:
+                pending.count += 1
             for group, options in enumerate(optimizer.param_groups):
                 key = (number, group)
                 self._rates[key] = float(options["lr"])
-                self._sums[key] = self._sums.get(key, 0.0) + self._rates[key]
+                for pending in self._pending:
+                    pending.sums[key] = pending.sums.get(key, 0.0) + self._rates[key]
 
         return stepped
 
@@ -87,9 +112,10 @@ class OptimizerSteps:
         """Look the owners up anew: parameter groups may have been added."""
         self._owner.clear()
 
-    def sums(self) -> dict[GroupKey, float]:
-        """Sum of the learning rates of all steps so far, of every group that has stepped."""
-        return dict(self._sums)
+    def pending(self) -> PendingSteps:
+        """A new account of the steps from now on, for one who acts on them."""
+        self._pending.append(PendingSteps())
+        return self._pending[-1]
 
     def learning_rate(self, key: GroupKey) -> float:
         """Learning rate of the last step of the group, 0.0 before the first."""

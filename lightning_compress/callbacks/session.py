@@ -16,7 +16,13 @@ from torch import nn
 
 from lightning_compress.analysis import discover
 from lightning_compress.budget import kept_fraction
-from lightning_compress.callbacks.checkpoint import before_load, structures_from_state, structures_state
+from lightning_compress.callbacks.checkpoint import (
+    before_load,
+    plans_from_state,
+    plans_state,
+    structures_from_state,
+    structures_state,
+)
 from lightning_compress.callbacks.compiled import eager, uncompiled_calls
 from lightning_compress.callbacks.example import ExampleCall, smallest_example, undisturbed
 from lightning_compress.callbacks.optimizer_steps import OptimizerSteps
@@ -60,6 +66,7 @@ class CompressionSession:
         structures: structures of the traced module as it is now; None until they are discovered.
         dense: the structures as they were before anything was removed.
         plan: everything removed so far, in the coordinates of the original model; None before the first removal.
+        plans: the same removal by removal, each in the coordinates of the model before it.
         version: number of removals so far; what was derived from ``structures`` is out of date when it changes.
         steps: real steps of the optimizers, and the learning rates they were taken with.
         processes: the processes of the fit.
@@ -79,6 +86,7 @@ class CompressionSession:
         self.structures: Structures | None = None
         self.dense: Structures | None = None
         self.plan: PruningPlan | None = None
+        self.plans: list[PruningPlan] = []
         self.dense_state: dict[str, Any] | None = None
         self.version = 0
         self.steps = OptimizerSteps()
@@ -323,6 +331,7 @@ class CompressionSession:
             "module": self.traced_name if self.traced is not None else None,
             "dense": self.dense_state,
             "plan": None if self.plan is None else self.plan.to_json(),
+            "plans": plans_state(self.plans),
             "version": self.version,
             "exported": None if self.exported is None else self.exported.to_json(),
         }
@@ -337,9 +346,9 @@ class CompressionSession:
         self.version = state["version"]
         exported = state.get("exported")
         self.exported = None if exported is None else PruningPlan.from_json(exported)
-        if state["plan"] is not None:
-            self.plan = PruningPlan.from_json(state["plan"])
-            self.structures = self.plan.shrunk(self.dense)
+        self.plan, self.plans = None, []
+        for plan in plans_from_state(state):
+            self._follow(plan)
 
     def require_structures(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Structures:
         """The structures, once the first training batch is over.
@@ -380,10 +389,14 @@ class CompressionSession:
 
     def removed(self, plan: PruningPlan) -> None:
         """Note that ``plan``, in the coordinates of the module as it was until now, has been applied."""
+        self._follow(plan)
+        self.version += 1
+
+    def _follow(self, plan: PruningPlan) -> None:
         assert self.structures is not None
         self.structures = plan.shrunk(self.structures)
         self.plan = plan if self.plan is None else self.plan.compose(plan)
-        self.version += 1
+        self.plans.append(plan)
 
     def progress(self) -> dict[str, float]:
         """Part of the units that is zero or removed, and what is left of the prunable MACs without them."""

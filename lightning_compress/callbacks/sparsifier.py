@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from lightning_compress.budget import select
 from lightning_compress.callbacks.groups import chosen_groups
 from lightning_compress.callbacks.norm_masks import NormMasks
-from lightning_compress.callbacks.optimizer_steps import GroupKey
 from lightning_compress.callbacks.plain_copy import reshard
 from lightning_compress.callbacks.session import CompressionSession
 from lightning_compress.callbacks.shrinkage import CoupledShrinkage, MatrixShrinkage, unit_costs
@@ -61,7 +60,7 @@ class Sparsifier:
         self._resumed: Mapping[str, Any] | None = None
         self._masks = NormMasks()
         session.before_removal.append(self._masks.remove)
-        self.skip_pending()
+        self._pending = session.steps.pending()
 
     # Groups
 
@@ -129,19 +128,17 @@ class Sparsifier:
     @property
     def waiting(self) -> int:
         """Optimizer steps that have not been acted on yet."""
-        return self.session.steps.count - self._applied_at
+        return self._pending.count
 
     def skip_pending(self) -> None:
         """Take the steps so far as acted on."""
-        self._applied_at = self.session.steps.count
-        self._applied: dict[GroupKey, float] = self.session.steps.sums()
+        self._pending.take()
 
     def apply_pending(self) -> None:
         """Apply the proximal map for all optimizer steps since the last time."""
         if self._shrinkage is None or not self.waiting:
             return
-        pending = {key: total - self._applied.get(key, 0.0) for key, total in self.session.steps.sums().items()}
-        self.skip_pending()
+        pending = self._pending.take()
         if self.settings.mode == "proximal" and self.strength > 0:
             self._shrinkage.apply(self.strength, pending)
 
@@ -254,14 +251,13 @@ class Sparsifier:
 
     def state_dict(self) -> dict[str, Any]:
         """Strength, scores, what is protected and what is dead, and how far the steps have been acted on."""
-        sums, applied = self.session.steps.sums(), self._applied
         return {
             "strength": self.strength,
             "version": self._version,
             "origin": self._origin,
             "steps": self.session.steps.count - self._steps_at_origin,
             "pending_steps": self.waiting,
-            "pending": [(list(key), total - applied.get(key, 0.0)) for key, total in sums.items()],
+            "pending": [(list(key), total) for key, total in self._pending.sums.items()],
             "refreshed_at": self._refreshed_at,
             "protected": self._protected,
             "alive": self._shrinkage.alive.cpu() if isinstance(self._shrinkage, CoupledShrinkage) else None,
@@ -274,9 +270,9 @@ class Sparsifier:
         self.strength = state["strength"]
         self._origin = state["origin"]
         self._steps_at_origin -= state["steps"]
-        self._applied_at -= state["pending_steps"]
         # what was not acted on yet when the checkpoint was written
-        self._applied = {(key[0], key[1]): -value for key, value in state["pending"]}
+        self._pending.count = state["pending_steps"]
+        self._pending.sums = {(key[0], key[1]): value for key, value in state["pending"]}
         self._resumed = state
 
     def _restore_groups(self, state: Mapping[str, Any]) -> None:

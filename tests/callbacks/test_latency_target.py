@@ -1,5 +1,6 @@
 """A fit whose budget is a measured latency; the clock is arithmetic on the widths of the module."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_compress import FinalizeCompression, StructuredSparsity
+from lightning_compress.budget import BudgetWarning
 from lightning_compress.timing import Latency
 from tests.callbacks.modules import MLP, Classifier, fit
 from tests.callbacks.test_resume import Crash
@@ -139,6 +141,32 @@ def test_a_batch_that_is_too_small_is_said_before_anything_is_trained(clock: Clo
     with pytest.raises(ValueError, match=r"at least latency_batch=9 examples, but it has 8 example\(s\)\. Lower"):
         fit(small, FinalizeCompression(latency=0.5, latency_batch=9))
     assert len(small.losses) <= 1
+
+
+@pytest.mark.parametrize(("factor", "what"), [(0.9, "10% below"), (1.1, "10% above"), (1.01, None)])
+def test_a_finished_module_that_misses_the_latency_is_said(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, factor: float, what: str | None
+) -> None:
+    def report(models: Any, *args: Any, **options: Any) -> dict[str, Latency]:
+        return {"before": Latency(1.0, 1.0, 9), "after": Latency(0.5 * factor, 0.5 * factor, 9)}
+
+    monkeypatch.setattr("lightning_compress.callbacks.removal.measure_latency", report)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fit(module(), FinalizeCompression(latency=0.5))
+    (*messages,) = (str(w.message) for w in seen if issubclass(w.category, BudgetWarning))
+    assert len(messages) == (what is not None)
+    if what is not None:
+        assert "Expected latency=0.5 of one call within 5%, as the plan measured before" in messages[0]
+        assert f"1e+03 ms, {what} what was asked for" in messages[0] and "latency_seconds=..." in messages[0]
+
+
+def test_a_plan_that_misses_the_latency_is_said_once(clock: Clock) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fit(module(), FinalizeCompression(latency=0.63, round_to=32))
+    (message,) = (str(w.message) for w in seen if issubclass(w.category, BudgetWarning))
+    assert "Expected latency=0.63 of one call within 5%, but the plan measures" in message
 
 
 def test_a_latency_out_of_reach_is_said_with_the_first_batch(clock: Clock) -> None:

@@ -13,6 +13,7 @@ def test_learning_rates_are_summed_per_group_and_step() -> None:
     steps = OptimizerSteps()
     steps.attach([optimizer])
     steps.attach([optimizer])  # watched once
+    pending = steps.pending()
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     for _ in range(3):
         optimizer.step()
@@ -20,12 +21,15 @@ def test_learning_rates_are_summed_per_group_and_step() -> None:
     assert steps.count == 3
     key_a, key_b = steps.owner(a), steps.owner(b)
     assert key_a is not None and key_b is not None and steps.owner(c) is None
-    assert steps.sums()[key_a] == pytest.approx(0.1 + 0.05 + 0.025)
-    assert steps.sums()[key_b] == pytest.approx(0.01 + 0.005 + 0.0025)
-    assert steps.learning_rate(key_a) == pytest.approx(0.025)  # of the last step, not of the next
+    assert pending.count == 3
+    assert pending.take() == {key_a: 0.1 + 0.05 + 0.025, key_b: 0.01 + 0.005 + 0.0025}
+    optimizer.step()
+    assert (pending.count, pending.take()[key_a]) == (1, 0.1 * 0.5**3)  # bit for bit, whatever was summed up before
+    assert steps.count == 4
+    assert steps.learning_rate(key_a) == pytest.approx(0.0125)  # of the last step, not of the next
     steps.detach()
     optimizer.step()
-    assert steps.count == 3
+    assert steps.count == 4
 
 
 def test_a_step_that_a_fused_optimizer_skips_is_no_step() -> None:

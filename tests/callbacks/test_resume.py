@@ -1,5 +1,6 @@
 """A straight run equals one that crashes and is resumed, wherever the crash falls."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,21 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lightning_compress import Distillation, FinalizeCompression, StructuredSparsity, count_parameters
-from tests.callbacks.modules import Classifier, Transformer, loader, trainer
+from lightning_compress import (
+    Distillation,
+    FinalizeCompression,
+    StructuredSparsity,
+    count_parameters,
+    load_from_checkpoint,
+    make_plan,
+)
+from lightning_compress.callbacks import finalize_compression
+from lightning_compress.callbacks.checkpoint import take_shape
+from lightning_compress.plan import PruningPlan
+from lightning_compress.structures import ShimEdit, Structure, owner_path
+from lightning_compress.surgery.record import record_of
+from lightning_compress.surgery.shim import shims_of
+from tests.callbacks.modules import MLP, Classifier, Transformer, fit, loader, trainer
 
 
 class Crash(pl.Callback):
@@ -80,6 +94,67 @@ def test_the_order_of_callbacks_does_not_matter_to_a_resumed_run(tmp_path: Path)
     straight, _ = run(reverse=True)
     for one, other in zip(straight.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def by_shims(plan: PruningPlan) -> PruningPlan:
+    """The same removal in another way."""
+
+    def shimmed(structure: Structure) -> Structure:
+        places = {(owner_path(p.parameter), "output" if p.role == "producer" else "input") for p in structure.slices}
+        edits = tuple(ShimEdit(path, side, -1) for path, side in sorted(places))  # type: ignore[arg-type]
+        return replace(structure, tier="shim", edits=edits)
+
+    return replace(plan, structures=tuple(shimmed(s) for s in plan.structures))
+
+
+@pytest.fixture
+def two_ways(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A checkpoint of a fit whose first round cuts, and whose second round leaves the width as it is then."""
+
+    rounds = []
+
+    def plan(*args: Any, **options: Any) -> PruningPlan:
+        rounds.append(make_plan(*args, **options))
+        return by_shims(rounds[-1]) if len(rounds) == 2 else rounds[-1]
+
+    monkeypatch.setattr(finalize_compression, "make_plan", plan)
+    path = tmp_path / "last.ckpt"
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(small(), FinalizeCompression(macs=0.4, at_epoch=2, rounds=2, report=False), Crash(path, 3))
+    return path
+
+
+def small() -> Classifier:
+    torch.manual_seed(0)
+    return Classifier(MLP(16, 16))
+
+
+def test_every_round_is_replayed_in_its_own_way(two_ways: Path) -> None:
+    module, finalize = small(), FinalizeCompression(macs=0.4, at_epoch=2, rounds=2, report=False)
+    trainer(finalize).fit(module, loader(), ckpt_path=str(two_ways), weights_only=False)
+    loaded = load_from_checkpoint(Classifier, two_ways, model=MLP(16, 16))
+    for model in (module.model, loaded.model):
+        record = record_of(model)
+        assert record is not None
+        first, second = record.plans
+        assert {s.tier for s in first.structures} == {"native"} and {s.tier for s in second.structures} == {"shim"}
+        assert shims_of(model.layers[0])
+        take_shape(model, record.plans)  # nothing is left to do
+    assert finalize.plan is not None and finalize.plan.kept == first.compose(second).kept
+
+
+def test_a_checkpoint_with_one_plan_for_all_rounds_still_loads(two_ways: Path) -> None:
+    checkpoint = torch.load(two_ways, weights_only=True)
+    (key,) = (key for key in checkpoint["callbacks"] if key.startswith("FinalizeCompression"))
+    del checkpoint["callbacks"][key]["session"]["plans"]
+    torch.save(checkpoint, two_ways)
+    module = small()
+    trainer(FinalizeCompression(macs=0.4, at_epoch=2, rounds=2, report=False)).fit(
+        module, loader(), ckpt_path=str(two_ways), weights_only=False
+    )
+    assert {n: p.shape for n, p in module.state_dict().items()} == {
+        n: p.shape for n, p in checkpoint["state_dict"].items()
+    }
 
 
 class WithTest(Classifier):

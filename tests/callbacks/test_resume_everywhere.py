@@ -29,7 +29,7 @@ class ByStep(Classifier):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.global_step)
-        x = torch.randn(8, 4, 5, generator=generator)
+        x = torch.randn(8, 4, 5, generator=generator).to(self.dtype)
         # random numbers of the fit itself: their state must be resumed too
         loss = F.cross_entropy(self.model(F.dropout(x, 0.1)), (x.mean(1)[:, 0] > 0).long())
         self.losses.append(float(loss.detach()))
@@ -73,12 +73,18 @@ class Kill(pl.Callback):
             raise Killed
 
 
-def run(*more: pl.Callback, resume: Path | None = None, **options: Any) -> tuple[ByStep, pl.Trainer]:
+def run(
+    *more: pl.Callback,
+    resume: Path | None = None,
+    every: int = 1,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> tuple[ByStep, pl.Trainer]:
     torch.manual_seed(0)
-    module = ByStep()
+    module = ByStep().to(dtype)
     own: list[pl.Callback] = [
         Distillation(hidden=0.1),
-        StructuredSparsity(start=SPARSE / REMOVAL, importance="taylor"),
+        StructuredSparsity(start=SPARSE / REMOVAL, importance="taylor", every_n_steps=every),
         FinalizeCompression(macs=0.4, at_step=REMOVAL, rounds=2, report=False),
         RandomState(),
     ]
@@ -116,6 +122,16 @@ def test_killed_after_any_step(straight: tuple[ByStep, pl.Trainer], step: int, t
     with pytest.raises(Killed):
         run(Kill(path, step))
     assert_same(straight, run(resume=path))
+
+
+def test_in_float64_every_bit_is_the_same_too(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"dtype": torch.float64, "every": 3}
+    straight = run(**options)
+    assert next(straight[0].parameters()).dtype == torch.float64
+    for step in (7, 9, 14, 18):  # with steps that are not acted on yet, and without
+        with pytest.raises(Killed):
+            run(Kill(tmp_path / "last.ckpt", step), **options)
+        assert_same(straight, run(resume=tmp_path / "last.ckpt", **options))
 
 
 # While a checkpoint is being written
