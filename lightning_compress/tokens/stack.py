@@ -7,6 +7,7 @@ many times.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -105,15 +106,33 @@ class _Recorder(TorchFunctionMode):
             self.current = self.current.parent
 
 
+@dataclass
+class _Fused:
+    """The switch of the fused encoder layer is one for all threads: the last one to leave sets it back."""
+
+    lock: Any = field(default_factory=threading.Lock)
+    held: int = 0
+    before: bool = True
+
+
+_fused = _Fused()
+
+
 @contextmanager
 def python_attention() -> Iterator[None]:
     """PyTorch's fused encoder layer off: it would hide the attention."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    with _fused.lock:
+        if not _fused.held:
+            _fused.before = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+        _fused.held += 1
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        with _fused.lock:
+            _fused.held -= 1
+            if not _fused.held:
+                torch.backends.mha.set_fastpath_enabled(_fused.before)
 
 
 def record_calls(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[LayerCall]:

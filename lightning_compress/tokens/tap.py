@@ -8,8 +8,8 @@ received.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -183,26 +183,22 @@ class AttentionTap(TorchFunctionMode):
 def with_inner_attention(mode: TorchFunctionMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`torch.nn.functional.multi_head_attention_forward`, whose inner calls go through ``mode``, too.
 
-    The function is one call to a mode, and what it calls inside would pass by; so for its time the names that it looks
-    up stand for calls through the mode. Calls of other threads are let through.
+    The function is one call to a mode, and what it calls inside would pass by. So the same code runs with names of its
+    own for the attention; nothing is changed where other threads would see it.
     """
-    thread = threading.get_ident()
 
     def through(func: Any) -> Any:
-        def call(*inner: Any, **named: Any) -> Any:
-            if threading.get_ident() != thread:
-                return func(*inner, **named)
-            return mode.__torch_function__(func, (), inner, named)
+        return lambda *inner, **named: mode.__torch_function__(func, (), inner, named)
 
-        return call
-
-    softmax = F.softmax
-    namespace: Any = F
-    namespace.scaled_dot_product_attention, namespace.softmax = through(SDPA), through(softmax)
-    try:
-        return MULTI_HEAD(*args, **kwargs)
-    finally:
-        namespace.scaled_dot_product_attention, namespace.softmax = SDPA, softmax
+    names = {
+        **vars(F),
+        "scaled_dot_product_attention": through(SDPA),
+        "softmax": through(F.softmax),
+        "has_torch_function": lambda tensors: False,
+    }
+    function = FunctionType(MULTI_HEAD.__code__, names, MULTI_HEAD.__name__, MULTI_HEAD.__defaults__)
+    function.__kwdefaults__ = MULTI_HEAD.__kwdefaults__
+    return function(*args, **kwargs)
 
 
 def attended(mask: Tensor, batch: int, tokens: int) -> Tensor | None:
