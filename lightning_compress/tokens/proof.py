@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_compress.surgery.errors import SurgeryError
 from lightning_compress.surgery.precision import DoubleWeights
 from lightning_compress.surgery.verify import Mismatch, Outputs, Rehearsal, difference
-from lightning_compress.token_policies import KeepAll
+from lightning_compress.token_policies import KeepAll, TokenPolicy
 from lightning_compress.tokens.arguments import output_state, with_state
 from lightning_compress.tokens.errors import TokenPruningError
 from lightning_compress.tokens.runtime import TokenRuntime, install_tokens, remove_tokens, token_runtime
@@ -27,6 +27,7 @@ from lightning_compress.tokens.stack import TokenStack, find_stack
 
 TOLERANCE = 1e-9
 TRIES = 32  # assignments of token dims to arguments whose sizes leave it open
+SHORTEST = 4  # tokens of the longest row of an example
 FEW = 4  # single tokens that a model reads, at most
 
 
@@ -38,13 +39,29 @@ class ProvenTokens:
         stack: the layers, with the dims of arguments that run over tokens.
         scatter: whether what comes after the stack reads more than the protected tokens.
         read: positions of single tokens that what comes after the stack reads, None if it reads many.
+        protected: positions that stayed in the proof. Without scattering they must stay, because what comes after the
+            stack finds them by their places.
         error: largest difference between gathering and masking, relative to max(1, largest output).
     """
 
     stack: TokenStack
     scatter: bool
     read: tuple[int, ...] | None
+    protected: tuple[int, ...]
     error: float
+
+    def runtime(self, policy: TokenPolicy, protected: tuple[int, ...] | None = None, **settings: Any) -> TokenRuntime:
+        """A runtime for this stack that computes what was proven.
+
+        Args:
+            policy: which tokens go on.
+            protected: positions that stay; None for those of the proof. If they lack any of those, all states are
+                scattered back.
+            settings: further arguments of `TokenRuntime`.
+        """
+        protected = self.protected if protected is None else tuple(protected)
+        scatter = self.scatter or not set(self.protected) <= set(protected)
+        return TokenRuntime(self.stack, policy, **{"protected": protected, "scatter": scatter, **settings})
 
 
 def prove_tokens(
@@ -77,14 +94,14 @@ def prove_tokens(
             full = rehearsal.reference(args, kwargs)
         except SurgeryError as failure:
             raise TokenPruningError(str(failure)) from failure
-        trial = _Trial(rehearsal, model, args, kwargs, protected or (0,))
+        trial = _Trial(rehearsal, model, args, kwargs, (0,) if protected is None else protected)
         trial.check_tap(stack, full)
         read = trial.read(stack)
         if protected is None and read is not None:
             trial.protected = tuple(sorted({0, *read}))
         error, stack = trial.search(stack)
         scatter = not trial.bears(stack, scatter=False)
-    return ProvenTokens(stack, scatter, read, error)
+    return ProvenTokens(stack, scatter, read, trial.protected, error)
 
 
 def find_stack_in(rehearsal: Rehearsal, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TokenStack:
@@ -127,7 +144,7 @@ class _Trial:
         """Outputs with decisions bool (layers - 1, batch, tokens)."""
 
         def decide(layer: int, index: Tensor | None, active: Tensor) -> Tensor:
-            table = decisions[layer, : active.shape[0]].to(active.device)
+            table = decisions[layer, torch.arange(active.shape[0]) % len(decisions[layer])].to(active.device)
             return table if index is None else table.gather(1, index)
 
         with self.installed(stack, mode, scatter) as runtime:
@@ -139,8 +156,15 @@ class _Trial:
         with self.installed(stack, "mask") as runtime:
             runtime.inspect = True
             outputs = self.rehearsal.run(self.model, self.args, self.kwargs)
+        assert runtime.counts is not None
+        longest = int(runtime.counts.real.max())
+        if longest < SHORTEST:
+            raise TokenPruningError(
+                f"Expected an example with a row of at least {SHORTEST} tokens, padding aside, but the longest has "
+                f"{longest}: with fewer, positions that do not travel with their tokens go unnoticed."
+            )
         # padding is left alone after the first layer, so only where there is none must the outputs agree
-        if runtime.counts is not None and bool((runtime.counts.real == runtime.counts.tokens).all()):
+        if bool((runtime.counts.real == runtime.counts.tokens).all()):
             self._compare(full, outputs, f"the layers {stack.layers[0]!r} to {stack.layers[-1]!r}")
 
     def _compare(self, reference: Outputs, outputs: Outputs, where: str) -> float:
@@ -155,9 +179,11 @@ class _Trial:
     def decisions(self, stack: TokenStack, only_after: int | None = None) -> Iterator[Tensor]:
         """Random decisions, and the fewest tokens possible."""
         layers, generator = len(stack.layers) - 1, torch.Generator().manual_seed(0)
-        batch = 1024  # more rows than an example has
+        batch = 1024  # further rows repeat them
         for share in (0.6, 0.0):
             table = torch.rand(layers, batch, stack.tokens, generator=generator) < share
+            if share:  # a gap between tokens that stay: what looks at distances sees it
+                table[:, :, 1], table[:, :, 2:4] = False, True
             if only_after is not None:
                 table[[layer for layer in range(layers) if layer != only_after]] = True
             yield table

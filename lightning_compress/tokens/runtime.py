@@ -13,6 +13,7 @@ pruned, differentiable in the thresholds).
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from lightning_compress.token_policies import TokenPolicy
 from lightning_compress.token_scores import straight_through
 from lightning_compress.token_switch import tokens_are_off
-from lightning_compress.tokens.arguments import output_state, with_state, with_tensors
+from lightning_compress.tokens.arguments import output_state, tensors_in, with_state, with_tensors
 from lightning_compress.tokens.errors import TokenPruningError
 from lightning_compress.tokens.gathering import (
     Repacking,
@@ -34,13 +35,18 @@ from lightning_compress.tokens.gathering import (
     repack,
     scatter_states,
 )
-from lightning_compress.tokens.stack import TokenStack, python_attention, token_dims
-from lightning_compress.tokens.tap import AttentionTap, Heard
+from lightning_compress.tokens.stack import TokenStack, python_attention, sure_dims
+from lightning_compress.tokens.tap import AttentionTap, Heard, graph_recording
 
 Mode = Literal["off", "soft", "mask", "gather"]
 MODES: tuple[Mode, ...] = ("off", "soft", "mask", "gather")
 RUNTIME = "_token_runtime"
 WHOLE = ("output_attentions", "output_hidden_states")
+RECOMPUTED = (
+    "Expected the layer {!r} to run once in a forward, but gradient checkpointing is to run it again in the backward, "
+    "where it would see all tokens. Turn it off (in transformers, model.gradient_checkpointing_disable()), put it "
+    'around the whole model, or set runtime.train_mode = "off".'
+)
 SURELY = 30.0  # a logit whose sigmoid is 1 in float32
 # (layer, positions of the present tokens or None for all, active) -> keep
 Decide = Callable[[int, "Tensor | None", Tensor], Tensor]
@@ -102,7 +108,11 @@ class _Forward:
     """The state of one forward of the owner. Present tokens are those that have not physically left."""
 
     mode: Mode
+    recording: Any = None  # `graph_recording` when the owner was called
     layer: int = 0
+    empty: bool = False  # whether there are no tokens at all
+    scatter: bool = True
+    dims: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of arguments, those that run over tokens
     batch: int = 0
     tokens: int = 0
     real: Tensor | None = None  # bool (batch, tokens); None: all
@@ -185,7 +195,12 @@ class TokenRuntime:
         self.decide: Decide | None = None
         self.inspect = False
         self.counts: TokenCounts | None = None
-        self._forward: _Forward | None = None
+        self._local = threading.local()
+
+    @property
+    def _forward(self) -> _Forward | None:
+        """The forward that is under way in this thread."""
+        return getattr(self._local, "forward", None)
 
     # The owner
 
@@ -200,7 +215,7 @@ class TokenRuntime:
             return None
         if mode == "soft" and self.soft is None:
             raise TokenPruningError("Expected the settings of soft pruning, but got none: set runtime.soft.")
-        return _Forward(mode)
+        return _Forward(mode, graph_recording(), scatter=self.scatter)
 
     def run_owner(self, original: Callable[..., Any], training: bool, args: tuple[Any, ...], kwargs: Any) -> Any:
         """The forward of the owner."""
@@ -209,12 +224,12 @@ class TokenRuntime:
         state = self.begin(training)
         if state is None:
             return original(*args, **kwargs)
-        self._forward = state
+        self._local.forward = state
         try:
             with python_attention():
                 output = original(*args, **kwargs)
         finally:
-            self._forward = None
+            self._local.forward = None
         if state.layer != len(self.stack.layers):
             raise TokenPruningError(
                 f"Expected a forward through {len(self.stack.layers)} layers, as in the example that token pruning was "
@@ -237,26 +252,36 @@ class TokenRuntime:
                 f"{number}."
             )
         hidden = self._hidden(args, kwargs, name)
+        state.empty = state.empty or not hidden.shape[0] or not hidden.shape[1]
+        if state.empty:
+            state.layer, self.counts = number + 1, None
+            return original(*args, **kwargs)
+        if graph_recording() != state.recording:
+            raise TokenPruningError(RECOMPUTED.format(name))
         if number == 0:
             state.batch, state.tokens = hidden.shape[0], hidden.shape[1]
             state.protected = self._protected(hidden)
+            self._understand(state, args, kwargs)
         elif state.index is not None:
             args, kwargs = self._narrowed(state, hidden, args, kwargs)
         state.layer += 1
         last = state.layer == len(self.stack.layers)
         ask = _Ask(number == 0, not last, self.inspect)
         bias, weights = _key_bias(state, hidden), _query_weights(state, hidden)
-        groups = (
-            group_rows(state.counts, saving=self.saving) if state.counts is not None and state.valid is not None else []
-        )
-        if len(groups) > 1:
-            output, heard = self._in_groups(state, groups, original, name, (hidden, args, kwargs), bias, weights, ask)
-        else:
-            output, heard = _listen(original, name, (hidden, args, kwargs), bias, weights, ask)
+        call, parts = (hidden, args, kwargs), None
+        if state.counts is not None and state.valid is not None and self._by_rows(state, call):
+            groups = group_rows(state.counts, saving=self.saving)
+            if len(groups) > 1:
+                parts = self._in_groups(state, groups, original, name, call, bias, weights, ask)
+        output, heard = parts or _listen(original, name, call, bias, weights, ask)
         new = output_state(output)
         assert new is not None
         if number == 0:
             state.real = heard.real
+            if not state.scatter and state.real is not None:
+                # what is read after the layers is found in its place only where it stays: padding does not
+                read = [p for p in self.protected if -state.tokens <= p < state.tokens]
+                state.scatter = not bool(state.real[:, read].all())
         changed = self._frozen(state, hidden, new)
         state.entering.append(_entering(state, hidden))
         state.present.append((state.index, state.shown if number else state.real))
@@ -277,10 +302,14 @@ class TokenRuntime:
         bias: Tensor | None,
         weights: Tensor | None,
         ask: _Ask,
-    ) -> tuple[Any, Heard]:
-        """A layer called once for each group of rows; the parts put together again."""
+    ) -> tuple[Any, Heard] | None:
+        """A layer called once for each group of rows; the parts put together again.
+
+        None if it returns more than the state: what that has to do with rows is not known.
+        """
         hidden, args, kwargs = call
         batch, slots = hidden.shape[:2]
+        counts = state.counts or ()
         states, scores = [], []
         for group in groups:
             rows = torch.tensor(group.rows, device=hidden.device)
@@ -295,14 +324,15 @@ class TokenRuntime:
             ) -> Tensor:
                 if value is hidden:
                     return part
-                if value.dim() and value.shape[0] == batch:
+                dims = self._dims(state, path, value, slots)
+                if dims and value.shape[0] == batch:
                     value = value.index_select(0, rows)
-                for dim in self._dims(state, path, value, slots):
+                for dim in dims:
                     value = value.narrow(dim, 0, width)
                 return value
 
             own_args, own_kwargs = with_tensors(args, kwargs, visit)
-            masked = state.shown is not state.valid or any(state.counts[r] < group.slots for r in group.rows)
+            masked = state.shown is not state.valid or any(counts[r] < group.slots for r in group.rows)
             output, heard = _listen(
                 original,
                 name,
@@ -313,6 +343,8 @@ class TokenRuntime:
             )
             new = output_state(output)
             assert new is not None
+            if len(list(tensors_in((output,), {}))) > 1:
+                return None
             states.append(nn.functional.pad(new, (0, 0, 0, slots - group.slots)))
             if heard.scores is not None:
                 scores.append(nn.functional.pad(heard.scores, (0, slots - group.slots)))
@@ -320,6 +352,29 @@ class TokenRuntime:
         together = torch.cat(states).index_select(0, order)
         received = torch.cat(scores).index_select(0, order) if scores else None
         return with_state(output, together), Heard(received)
+
+    def _understand(self, state: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Which dims of the arguments run over tokens; where that is open, all tokens stay in place in this forward."""
+        for path, value in tensors_in(args, kwargs):
+            if path == self.stack.state:
+                continue
+            dims = self.stack.dims.get(path)
+            if dims is None:
+                dims = sure_dims(value, state.batch, state.tokens)
+            elif self._of_size(value, dims, state.tokens) and value.shape[0] not in (1, state.batch):
+                dims = None
+            if dims is None and state.mode == "gather":
+                state.mode = "mask"
+            state.dims[path] = dims or ()
+
+    def _by_rows(self, state: _Forward, call: tuple[Tensor, tuple[Any, ...], dict[str, Any]]) -> bool:
+        """Whether it is known what of the arguments belongs to which row."""
+        hidden, args, kwargs = call
+        batch, slots = hidden.shape[:2]
+        return all(
+            value is hidden or not value.dim() or value.shape[0] != batch or self._dims(state, path, value, slots)
+            for path, value in tensors_in(args, kwargs)
+        )
 
     def _hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Tensor:
         kind, _, key = self.stack.state.partition(".")
@@ -375,9 +430,18 @@ class TokenRuntime:
 
     def _dims(self, state: _Forward, path: str, value: Tensor, tokens: int) -> tuple[int, ...]:
         """Dims of an argument that run over ``tokens`` tokens."""
-        dims = self.stack.dims.get(path)
+        dims = state.dims.get(path)
         if dims is None:
-            dims = token_dims(value, state.batch, tokens)
+            dims = self.stack.dims.get(path, sure_dims(value, state.batch, state.tokens))
+            if dims is None:
+                raise TokenPruningError(
+                    f"Expected the first layer to get every argument that runs over tokens, but {path} of shape "
+                    f"{tuple(value.shape)} comes later, and its sizes leave open which of its dims does. Prove with an "
+                    "example that has it (prove_tokens)."
+                )
+        return self._of_size(value, dims, tokens)
+
+    def _of_size(self, value: Tensor, dims: tuple[int, ...], tokens: int) -> tuple[int, ...]:
         return tuple(dim % value.dim() for dim in dims if -dim <= value.dim() and value.shape[dim] == tokens)
 
     def _frozen(self, state: _Forward, hidden: Tensor, new: Tensor) -> Tensor:
@@ -417,7 +481,7 @@ class TokenRuntime:
         return hidden
 
     def _gathered(self, state: _Forward, packing: Repacking, hidden: Tensor) -> Tensor:
-        if self.scatter:
+        if state.scatter:
             state.stages.append((hidden, state.index, state.valid))
         state.index = packing.index if state.index is None else state.index.gather(1, packing.index)
         state.valid = state.shown = packing.valid
@@ -480,7 +544,12 @@ class TokenRuntime:
     # Copies have no forward under way, and no graph of the last one
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "counts": None, "_forward": None, "protected_mask": None}
+        kept = {**vars(self), "counts": None, "protected_mask": None}
+        del kept["_local"]
+        return kept
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _local=threading.local())
 
 
 @dataclass(frozen=True)
@@ -513,6 +582,8 @@ def _listen(
     )
     with tap:
         output = original(*args, **kwargs)
+    if tap.recomputed:
+        raise TokenPruningError(RECOMPUTED.format(name))
     heard = tap.one(name)
     new = output_state(output)
     if new is None or new.shape != hidden.shape:
@@ -624,6 +695,12 @@ def install_tokens(model: nn.Module, runtime: TokenRuntime) -> TokenRuntime:
             f"Expected a model with the modules {missing[:3]} of the stack, but {type(model).__name__} has none of "
             "these names."
         )
+    for name in wanted:
+        if isinstance(vars(modules[name]).get("forward"), _Forwarded):
+            raise TokenPruningError(
+                f"Expected a model without token pruning, but {name!r} in it has a runtime, installed on a part of the "
+                "model. Take it off there first: remove_tokens(part)."
+            )
     owner = modules[runtime.stack.owner]
     _replace(_OwnerForward(runtime, owner, runtime.stack.owner, vars(owner).get("forward")))
     for name in dict.fromkeys(runtime.stack.layers):

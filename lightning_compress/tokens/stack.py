@@ -198,6 +198,18 @@ def token_dims(value: Tensor, batch: int, tokens: int) -> tuple[int, ...]:
     return tuple(dim - value.dim() for dim in range(start, value.dim()) if value.shape[dim] == tokens)
 
 
+def sure_dims(value: Tensor, batch: int, tokens: int) -> tuple[int, ...] | None:
+    """``token_dims`` of an argument that the example did not have; None where the sizes leave it open."""
+    dims = token_dims(value, batch, tokens)
+    if value.dim() < 4 and batch == tokens and value.dim() and value.shape[0] == tokens:
+        return None  # rows and tokens cannot be told apart
+    if not dims:
+        return ()
+    if value.shape[0] not in (1, batch) or not (len(dims) == 1 or (value.dim() == 4 and dims == (-2, -1))):
+        return None
+    return dims
+
+
 def _layers(calls: list[LayerCall]) -> list[LayerCall]:
     """Outermost calls that are layers."""
     layers: dict[int, LayerCall] = {}
@@ -269,4 +281,13 @@ def _nothing(calls: list[LayerCall]) -> str:
     return message + "Every token must attend to every token of its row."
 
 
-__all__ = ["LayerCall", "TokenStack", "find_stack", "python_attention", "record_calls", "stack_of", "token_dims"]
+__all__ = [
+    "LayerCall",
+    "TokenStack",
+    "find_stack",
+    "python_attention",
+    "record_calls",
+    "stack_of",
+    "sure_dims",
+    "token_dims",
+]

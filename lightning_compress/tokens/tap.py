@@ -23,6 +23,7 @@ from lightning_compress.tokens.errors import TokenPruningError
 SDPA = F.scaled_dot_product_attention
 SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 MULTI_HEAD = F.multi_head_attention_forward
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 # Below this a number in a mask stands for "not at all": codes that write masks use -1e4, -1e9, the lowest, or infinity.
 NEVER = -5e3
 
@@ -70,6 +71,8 @@ class AttentionTap(TorchFunctionMode):
         self.key_bias, self.query_weights = key_bias, query_weights
         self.find_real, self.wanted, self.inspect = find_real, wanted, inspect
         self.heard: list[Heard] = []
+        self.recording = graph_recording()
+        self.recomputed = False  # whether the backward will call the attention again
         self.others: list[tuple[int, ...]] = []  # shapes of attention over something else
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -103,11 +106,11 @@ class AttentionTap(TorchFunctionMode):
             self.others.append(tuple(query.shape[:-1]))
             return plain(attn_mask)
         if is_causal:
-            self.heard.append(Heard(None, causal=True))
+            self._hear(Heard(None, causal=True))
             return plain(attn_mask)
         bias = None if self.key_bias is None else self.key_bias.to(query.dtype)
         if not self.wanted:
-            self.heard.append(Heard(None))
+            self._hear(Heard(None))
             return plain(_with_key_bias(attn_mask, bias, query))
         real, weights = None, self.query_weights
         if self.find_real and attn_mask is not None:
@@ -119,8 +122,9 @@ class AttentionTap(TorchFunctionMode):
         output, scores = attention_with_scores(
             query, key, value, bias=attn_mask, key_bias=bias, scale=scale, query_weights=weights, dropout=dropout_p
         )
+        assert output is not None
         causal = self.inspect and attn_mask is not None and _causal_mask(attn_mask)
-        self.heard.append(Heard(scores, real, causal))
+        self._hear(Heard(scores, real, causal))
         return output
 
     def _softmax(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -144,18 +148,23 @@ class AttentionTap(TorchFunctionMode):
                 kwargs = {**kwargs, "input": logits}
         probabilities = func(*args, **kwargs)
         if not self.wanted:
-            self.heard.append(Heard(None))
+            self._hear(Heard(None))
             return probabilities
         by_head = probabilities.unflatten(0, (self.batch, per_row)) if logits.dim() == 3 else probabilities
         real, weights = None, self.query_weights
         if self.find_real:
             # a key that no query attends to at all is padding
             real = by_head.detach().sum((1, 2)) > 0
+            real = real | ~real.any(1, keepdim=True)
             weights = real.to(by_head.dtype)
         seen = by_head.detach() > 0
         causal = self.inspect and bool(seen.tril(-1).any()) and not bool(seen.triu(1).any())
-        self.heard.append(Heard(scores_of_probabilities(by_head, weights), real, causal))
+        self._hear(Heard(scores_of_probabilities(by_head, weights), real, causal))
         return probabilities
+
+    def _hear(self, heard: Heard) -> None:
+        self.heard.append(heard)
+        self.recomputed = self.recomputed or graph_recording() != self.recording
 
     def one(self, name: str) -> Heard:
         """What was heard in the call of the layer ``name``.
@@ -178,6 +187,13 @@ class AttentionTap(TorchFunctionMode):
                 "come. Prune the tokens of encoders."
             )
         return heard
+
+
+def graph_recording() -> Any:
+    """How the graph is recorded here: None for not at all, else the hooks on saved tensors; checkpoints change it."""
+    if not torch.is_grad_enabled():
+        return None
+    return _saved_tensors_hooks(True) or ()
 
 
 def with_inner_attention(mode: TorchFunctionMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -238,4 +254,13 @@ def _causal_mask(mask: Tensor) -> bool:
     return bool(allowed.tril(-1).any()) and not bool(allowed.triu(1).any())
 
 
-__all__ = ["MULTI_HEAD", "SDPA", "SOFTMAX", "AttentionTap", "Heard", "attended", "with_inner_attention"]
+__all__ = [
+    "MULTI_HEAD",
+    "SDPA",
+    "SOFTMAX",
+    "AttentionTap",
+    "Heard",
+    "attended",
+    "graph_recording",
+    "with_inner_attention",
+]
