@@ -142,6 +142,7 @@ def furthest(one: Any, other: Any) -> float:
     """Largest difference between two outputs, relative to max(1, largest)."""
     pairs = list(zip(tensors(one), tensors(other), strict=True))
     assert pairs
+    pairs = [(a.detach(), b.detach()) for a, b in pairs]
     return max(float((a - b).abs().max() / max(1.0, float(a.abs().max()))) for a, b in pairs)
 
 
