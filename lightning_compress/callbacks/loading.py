@@ -64,7 +64,7 @@ def removals_in(checkpoint: Mapping[str, Any]) -> list[tuple[str, list[PruningPl
     for key, state in checkpoint.get("callbacks", {}).items():
         session = state.get("session") if key.startswith(OWNER) and isinstance(state, Mapping) else None
         plans = [] if session is None else plans_from_state(session)
-        if plans:
+        if session is not None and plans:
             found.append((session["module"], plans))
     return found
 

@@ -124,7 +124,7 @@ def make_report(
     latency: dict[str, tuple[Latency, Latency]] = {}
     if dense is not None and context is not None:
         calls = {f"batch of {c.size}" if c.size else "one call": c for c in (session.example, session.batch)}
-        with context, eager(session.traced):
+        with context, eager(small):
             for what, call in calls.items():
                 models = {"before": dense, "after": small}
                 times = measure_latency(models, call.args, call.kwargs, max_seconds=LATENCY_SECONDS)

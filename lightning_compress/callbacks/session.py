@@ -30,6 +30,7 @@ from lightning_compress.callbacks.plain_copy import plain_copy, reshard
 from lightning_compress.callbacks.processes import Processes, check_silent
 from lightning_compress.plan import PruningPlan
 from lightning_compress.structures import KINDS, Structures, check_kinds
+from lightning_compress.surgery.guards import check_plain
 
 if TYPE_CHECKING:
     from lightning_compress.callbacks.finalize_compression import FinalizeCompression
@@ -163,7 +164,11 @@ class CompressionSession:
         if self.module_name is not None and self.traced is None:
             self.traced = _named_module(pl_module, self.module_name)
         self._uncompiled = uncompiled_calls(pl_module)
-        for name, module in self.candidates(pl_module).items():
+        candidates = self.candidates(pl_module)
+        plain = {n: m for n, m in candidates.items() if not isinstance(m, torch.jit.ScriptModule)}
+        for module in [] if plain else candidates.values():
+            check_plain(module)  # takes no hook, and says what to do
+        for name, module in plain.items():
             # first of all hooks: it is the call that is repeated, and others (casts, masks) will happen to it again
             self._hooks.append(
                 module.register_forward_pre_hook(self._recorder(pl_module, name), prepend=True, with_kwargs=True)

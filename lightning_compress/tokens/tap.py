@@ -142,6 +142,8 @@ class AttentionTap(TorchFunctionMode):
             bias = self.key_bias.to(logits.dtype)
             bias = bias.repeat_interleave(per_row, 0) if per_row > 1 else bias
             logits = logits + (bias[:, None, :] if logits.dim() == 3 else bias[:, None, None, :])
+            # a query that sees only pruned keys (a pruned one, in a window) would be NaN, and so would all scores
+            logits = logits.clamp(min=torch.finfo(logits.dtype).min)
             if args:
                 args = (logits, *args[1:])
             else:

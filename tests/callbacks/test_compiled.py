@@ -131,7 +131,8 @@ def test_many_removals_stay_compiled() -> None:
     """Torch recompiles a function a few times, then runs it eagerly; shapes that are gone do not count."""
     module, finalize, compiled = fitted(Plain, child, rounds=8)
     assert len(finalize.surgery_reports) >= 6
-    assert sorted(set(compiled)) == list(range(1, 9))
+    # the first step, and the one after each round that removed something
+    assert len(set(compiled)) == 1 + len(finalize.surgery_reports) and max(compiled) == 8
     assert module.model.layers[0].out_features + module.model.layers[2].out_features == 11  # type: ignore[index,union-attr]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.surgery.precision import DoublePrecision
 from lightning_compress.token_policies import KeepAll, Thresholds, TopK
 from lightning_compress.tokens.proof import ProvenTokens, prove_tokens
 from lightning_compress.tokens.runtime import SoftPruning, install_tokens, remove_tokens
@@ -48,7 +49,7 @@ def test_masked_is_gathered(name: str) -> None:
     assert proof.error < EXACT
     assert proof.scatter == ("tags" in name or "base" in name or "-all-" in name)
     removed = 0.0
-    with torch.no_grad():
+    with torch.no_grad(), DoublePrecision():  # eager attention casts to float32 inside
         for number, (kind, policy) in enumerate(POLICIES.items()):
             for batch, setting in ((1, "eager gathers"), (16, "eager gathers"), (5, list(SETTINGS)[1 + number])):
                 call = CALLS[name](batch, 9 + batch % 4, seed=batch + number)
