@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_compress.latency.measuring import Measure, narrowed_copy
 from lightning_compress.structures import Structures
 from lightning_compress.timing import Latency, measure_latency
+from lightning_compress.token_switch import tokens_off
 
 # A plan meets a latency within this fraction; the loop stops a little earlier, so that the next measurement agrees.
 TOLERANCE = 0.05
@@ -132,15 +133,16 @@ def meet(
         if tried.ratios and tried is not uncertain:
             stuck = "the next plan is one that was measured already: a smaller round_to would allow smaller steps"
             break
-        times = goal.measure(
-            {"dense": goal.reference or model, "small": narrowed_copy(model, structures, counts)},
-            goal.args,
-            goal.kwargs,
-            repeats=101,
-            warmup=1,
-            max_seconds=goal.max_seconds / ROUNDS,
-            context=goal.context(),
-        )
+        with tokens_off():
+            times = goal.measure(
+                {"dense": goal.reference or model, "small": narrowed_copy(model, structures, counts)},
+                goal.args,
+                goal.kwargs,
+                repeats=101,
+                warmup=1,
+                max_seconds=goal.max_seconds / ROUNDS,
+                context=goal.context(),
+            )
         rounds += 1
         wanted = goal.seconds if goal.seconds is not None else (goal.fraction or 1.0) * times["dense"].seconds
         tried.ratios.append(times["small"].seconds / wanted)

@@ -17,6 +17,7 @@ from lightning_compress.plan import PruningPlan
 from lightning_compress.structures import Structure, Structures
 from lightning_compress.surgery import apply_plan
 from lightning_compress.timing import Latency, measure_latency
+from lightning_compress.token_switch import tokens_off
 
 Measure = Callable[..., dict[str, Latency]]
 
@@ -75,7 +76,8 @@ def measure_latency_table(
         if i == len(variants) // 2:
             models["dense again"] = model  # what every ratio is taken of is measured twice; the two show the noise
         models[str(i)] = narrowed_copy(model, structures, variant.counts)
-    times = measure(models, args, kwargs, repeats=101, warmup=1, max_seconds=seconds, context=context())
+    with tokens_off():
+        times = measure(models, args, kwargs, repeats=101, warmup=1, max_seconds=seconds, context=context())
     table = _tabulate(structures, families, variants, times, key, device_name(model), call_in_words(args, kwargs))
     if cache:
         write_table(table)

@@ -17,6 +17,7 @@ from lightning_compress.discovery.outputs import Output, flatten
 from lightning_compress.discovery.tracer import decomposed, evaluation
 from lightning_compress.surgery.errors import NotFinite, SurgeryError
 from lightning_compress.surgery.precision import DoublePrecision, to_double
+from lightning_compress.token_switch import tokens_off
 
 Outputs = dict[str, Output]
 
@@ -34,10 +35,12 @@ class Rehearsal:
 
     Args:
         model: the model; its weights should be in double precision (``DoubleWeights``).
+        tokens: whether a token pruning that is installed stays on; removals are compared with all tokens.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, tokens: bool = False) -> None:
         self._model = model
+        self._tokens = tokens
         self._devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
         self._stack = ExitStack()
 
@@ -47,6 +50,7 @@ class Rehearsal:
             stack.enter_context(evaluation(self._model))
             stack.enter_context(torch.no_grad())
             stack.enter_context(decomposed())
+            stack.enter_context(nullcontext() if self._tokens else tokens_off())
             for kind in ("cpu", "cuda") if self._devices else ("cpu",):
                 stack.enter_context(torch.autocast(kind, enabled=False))
             self._stack = stack.pop_all()

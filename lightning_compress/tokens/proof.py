@@ -88,7 +88,7 @@ def prove_tokens(
         raise TokenPruningError(
             "Expected a model without token pruning, but it has a runtime. Call remove_tokens first."
         )
-    with DoubleWeights(model, perturbed=True), Rehearsal(model) as rehearsal:
+    with DoubleWeights(model, perturbed=True), Rehearsal(model, tokens=True) as rehearsal:
         stack = find_stack_in(rehearsal, model, args, kwargs)
         try:
             full = rehearsal.reference(args, kwargs)

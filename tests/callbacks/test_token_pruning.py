@@ -13,11 +13,16 @@ from lightning_compress import (
     FinalizeCompression,
     StructuredSparsity,
     TokenPruning,
+    apply_plan,
+    discover,
     load_from_checkpoint,
+    make_plan,
 )
+from lightning_compress.callbacks.example import ExampleCall
 from lightning_compress.token_policies import Thresholds, TopK
 from lightning_compress.tokens.runtime import TokenRuntime, token_runtime
 from tests.callbacks.modules import MLP, Classifier, trainer
+from tests.callbacks.processes import in_processes, parallel
 from tests.callbacks.token_modules import Encoder, Reader, sentences
 
 
@@ -328,3 +333,44 @@ def test_a_checkpoint_is_loaded_and_tested_with_its_token_pruning(tmp_path: Path
         trainer(*own).test(fresh, sentences(seed=3), ckpt_path=str(path), verbose=False)
         assert torch.equal(fresh.eval().model(batch["ids"], batch["mask"]), expected)
         assert "on_load_checkpoint" not in vars(fresh)
+
+
+def test_structures_are_found_and_removed_with_all_tokens() -> None:
+    module = Reader()
+    fit(module, TokenPruning(macs=0.6, method="top_k"), max_epochs=2)
+    batch = next(iter(sentences()))
+    example = ExampleCall.copied((batch["ids"], batch["mask"]), {})
+    calls: list[int] = []
+    runtime = runtime_of(module)
+    original = runtime.policy.keep
+
+    class Counting:
+        layers, accumulated = None, False
+
+        def keep(self, *args: Any) -> Tensor:
+            calls.append(1)
+            return original(*args)
+
+    runtime.policy = Counting()  # type: ignore[assignment]
+    structures = discover(module.model, example.args, kinds=("head", "ffn"), prove=True)
+    plan = make_plan(module.model, structures, macs=0.5)
+    report = apply_plan(module.model, plan, verify=(example.args, {}))
+    assert not calls
+    assert (report.error or 0.0) < 1e-10
+    module.eval().model(*example.args)
+    assert len(calls) == 2  # and on they go
+
+
+def distributed() -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    module, callback = Reader(), TokenPruning(macs=0.6)
+    diary = Diary(callback)
+    trainer(callback, diary, **parallel(), max_epochs=6).fit(module, sentences(examples=96))
+    return callback.policy, callback.relative_macs, diary.thresholds[-1], [p.sum().item() for p in module.parameters()]
+
+
+def test_all_processes_have_one_set_of_thresholds() -> None:
+    one, other = in_processes(distributed)
+    assert not isinstance(one, BaseException), one
+    assert one == other
+    assert one[1] == pytest.approx(0.6, rel=0.01)
