@@ -19,7 +19,7 @@ from lightning_compress.callbacks.checkpoint import before_load
 from lightning_compress.callbacks.moments import FitLength, Moment
 from lightning_compress.callbacks.processes import Processes
 from lightning_compress.callbacks.session import CompressionSession, is_redirected_step, plainly, traced_module
-from lightning_compress.callbacks.strategies import check_strategy
+from lightning_compress.callbacks.strategies import check_strategy, unwrapped
 from lightning_compress.callbacks.token_calls import KEPT, RecentCalls, TokenCall, measure_tokens
 from lightning_compress.callbacks.token_record import TokenSetup, install_state, runtime_state
 from lightning_compress.callbacks.token_schedule import PAPER_STRENGTH, WHOLE, Mode, SoftSchedule
@@ -402,7 +402,8 @@ class TokenPruning(Callback):
             costs = stack_costs(traced, example.args, example.kwargs, found.stack)
             return TokenSetup(found.stack, protected, found.scatter, costs)
 
-        with plainly(pl_module):
+        # the proof holds the weights in float64 for a while, after which a reducer no longer hears of their gradients
+        with plainly(pl_module), unwrapped(pl_module.trainer, pl_module):
             self._setup = session.processes.first("prove that tokens can leave", proven)
         self._proven_at = session.version
 
