@@ -36,6 +36,12 @@ from lightning_compress.report import CompressionReport, count_parameters, file_
 from lightning_compress.saving import load_compressed, save_compressed
 from lightning_compress.structures import EXACT_KINDS, KINDS, Slice, Structure, Structures
 from lightning_compress.surgery import SurgeryError, SurgeryReport, apply_plan, silence_units, zero_units
+from lightning_compress.token_policies import Thresholds, TopK
+from lightning_compress.token_scores import from_padded_scale, to_padded_scale
+from lightning_compress.token_switch import tokens_off
+from lightning_compress.tokens.errors import TokenPruningError
+from lightning_compress.tokens.proof import prove_tokens
+from lightning_compress.tokens.runtime import TokenRuntime, install_tokens, remove_tokens, token_runtime
 from lightning_compress.unit_groups import UnitGroups
 from lightning_compress.vocabulary import trim_tokenizer, used_ids
 
@@ -67,7 +73,11 @@ __all__ = [
     "SurgeryError",
     "SurgeryReport",
     "TaylorAccumulator",
+    "Thresholds",
     "TokenPruning",
+    "TokenPruningError",
+    "TokenRuntime",
+    "TopK",
     "UnitCost",
     "UnitGroups",
     "apply_plan",
@@ -80,10 +90,12 @@ __all__ = [
     "explain",
     "export_model",
     "file_size",
+    "from_padded_scale",
     "group_lasso",
     "group_lasso_factors",
     "hoyer_square",
     "hoyer_square_factors",
+    "install_tokens",
     "kept_fraction",
     "load_compressed",
     "load_from_checkpoint",
@@ -92,9 +104,14 @@ __all__ = [
     "measure_latency",
     "measure_latency_table",
     "output_mse",
+    "prove_tokens",
+    "remove_tokens",
     "save_compressed",
     "select",
     "silence_units",
+    "to_padded_scale",
+    "token_runtime",
+    "tokens_off",
     "trim_tokenizer",
     "trimmed_group_lasso",
     "trimmed_group_lasso_factors",

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_compress.callbacks.checkpoint import before_load
 from lightning_compress.callbacks.moments import FitLength, Moment
+from lightning_compress.callbacks.plain_copy import is_sharded
 from lightning_compress.callbacks.processes import Processes
 from lightning_compress.callbacks.session import CompressionSession, is_redirected_step, plainly, traced_module
 from lightning_compress.callbacks.strategies import check_strategy, unwrapped
@@ -191,9 +192,14 @@ class TokenPruning(Callback):
                 "its step calls backward itself, so that nothing can be added to its loss from outside."
             )
         check_strategy(trainer, pl_module, "TokenPruning", removes=False)
+        if is_sharded(pl_module):
+            raise ValueError(
+                "Expected whole parameters for TokenPruning, but those of this module are sharded: process 0 alone "
+                "proves that tokens can leave. Use strategy='ddp'."
+            )
         session.processes = Processes.of(trainer)
         session.watch(pl_module)
-        self._length = FitLength.of(trainer)
+        self._length = FitLength.of(trainer, session.max_epochs)
         self._plan_stages(trainer)
         if self._state is not None:
             self._restore(pl_module, self._state)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_compress import Distillation, FinalizeCompression, StructuredSparsity, load_compressed
+from lightning_compress import Distillation, FinalizeCompression, StructuredSparsity, TokenPruning, load_compressed
 from lightning_compress.callbacks.plain_copy import is_sharded, plain_copy
 from lightning_compress.report import count_parameters
 from lightning_compress.shards import Part, local, whole, zero_positions
@@ -291,7 +291,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"ModelParallelStrategy\(tensor_parallel_size=1\) for FinalizeCompression, but got 2: the parts of a",
     ),
     "folder": ({"removing": {"folder": "taken"}}, "FileExistsError: Expected .* to be empty or not to exist"),
-    "teacher": ({"distil": True}, r"a teacher for Distillation beside a sharded module.*Distillation\(teacher="),
+    "tokens": ({"beside": lambda: TokenPruning(macs=0.5)}, r"whole parameters for TokenPruning.*strategy='ddp'"),
+    "teacher": (
+        {"beside": Distillation},
+        r"a teacher for Distillation beside a sharded.*Distillation\(teacher=",
+    ),
 }
 
 
@@ -301,7 +305,8 @@ def refused(folder: Path) -> dict[str, str]:
         given = {"many": {}, **options}
         if given.get("removing", {}).get("folder"):
             given["removing"] = {"folder": folder}
-        others = [Distillation()] if given.pop("distil", False) else []
+        beside = given.pop("beside", None)
+        others = [] if beside is None else [beside()]
         try:
             compress(folder, *others, **given)
         except Exception as error:
