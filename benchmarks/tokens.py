@@ -54,7 +54,7 @@ from safetensors.torch import load_file, save_model  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks import sst2  # noqa: E402
-from lightning_compress import Distillation, TokenPruning, measure_latency  # noqa: E402
+from lightning_compress import Distillation, TokenPruning, apply_plan, make_plan, measure_latency  # noqa: E402
 from lightning_compress.token_policies import KeepAll, Thresholds  # noqa: E402
 from lightning_compress.token_scores import linear_ramp  # noqa: E402
 from lightning_compress.tokens import tap  # noqa: E402
@@ -500,32 +500,37 @@ def with_tokens(model: nn.Module, calls: list[Call], macs: float) -> None:
 
 
 def throughput_models(data: dict[str, TextData]) -> dict[str, nn.Module]:
-    """The dense model and the half-size one of the SST-2 benchmark, each without and with token pruning."""
+    """The dense model and half of it, each without and with token pruning; time does not depend on weights."""
     calls = [
         {name: tensor for name, tensor in batch.items() if name != "labels"}
         for one in data.values()
         for batch in list(one.val_dataloader())[::4]
     ]
     models: dict[str, nn.Module] = {}
-    for name, run in {"dense": sst2.Run("dense", 0), "half": sst2.Run("ours", 0, 0.5)}.items():
-        models[name] = sst2.smaller_model(run)
+    for name in ("dense", "half"):
+        models[name] = sst2.new_module(weights=Run("sst2", "dense", 0).dense_weights).model.eval()
+        if name == "half":
+            structures = sst2.encoder_structures(models[name])
+            plan = make_plan(models[name], structures, macs=0.5, per_layer=True)
+            apply_plan(models[name], plan, verify=(sst2.example(), {}))
         models[f"{name}, tokens"] = copy.deepcopy(models[name])
         with_tokens(models[f"{name}, tokens"], calls, macs=0.5)
         models[f"{name}, tokens, scores given"] = GivenScores(models[f"{name}, tokens"])
     return models
 
 
-def latency(folder: str, threads: int, rounds: int = 41, seconds: float = 40.0) -> None:
+def latency(folder: str, threads: int, cpu_time: bool = False, rounds: int = 41, seconds: float = 40.0) -> None:
     """Time of the models in every cell, interleaved."""
     torch.set_num_threads(threads)
     data = {name: text_data(name, folder, 0, 32) for name in DATASETS}
     models = throughput_models(data)
+    clock = time.process_time if cpu_time else time.perf_counter
     measured: dict[str, Any] = {}
     for cell, call in cells(data).items():
         for model in models.values():
             if isinstance(model, GivenScores):
                 model.remember(call)
-        times = measure_latency(models, (), call, repeats=rounds, max_seconds=seconds)
+        times = measure_latency(models, (), call, repeats=rounds, max_seconds=seconds, clock=clock)
         dense_real, dense_slots, _ = executed(models["dense"], call)
         measured[cell] = {}
         for name in ("dense", "half"):
@@ -554,7 +559,7 @@ def latency(folder: str, threads: int, rounds: int = 41, seconds: float = 40.0) 
             }
             print(cell, name, json.dumps(measured[cell][name]), flush=True)
     record = {
-        "command": "python benchmarks/tokens.py --latency",
+        "command": f"python benchmarks/tokens.py --latency --threads {threads}{' --cpu-time' if cpu_time else ''}",
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "threads": torch.get_num_threads(),
         "cells": measured,
@@ -605,6 +610,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--threads", type=int, default=2, help="of --latency")
+    parser.add_argument("--cpu-time", action="store_true", help="--latency counts what the process takes itself")
     parser.add_argument(
         "--data", default=os.environ.get("LIGHTNING_COMPRESS_DATA", str(ROOT.parent / "shared" / "data"))
     )
@@ -613,7 +619,7 @@ def main() -> None:
     if arguments.all:
         queue(arguments.jobs, arguments.data)
     elif arguments.latency:
-        latency(arguments.data, arguments.threads)
+        latency(arguments.data, arguments.threads, arguments.cpu_time)
     elif arguments.table:
         table()
     elif arguments.picture:
