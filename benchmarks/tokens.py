@@ -519,7 +519,7 @@ def throughput_models(data: dict[str, TextData]) -> dict[str, nn.Module]:
     return models
 
 
-def latency(folder: str, threads: int, cpu_time: bool = False, rounds: int = 41, seconds: float = 40.0) -> None:
+def latency(folder: str, threads: int, cpu_time: bool = False, rounds: int = 41, seconds: float = 20.0) -> None:
     """Time of the models in every cell, interleaved."""
     torch.set_num_threads(threads)
     data = {name: text_data(name, folder, 0, 32) for name in DATASETS}
