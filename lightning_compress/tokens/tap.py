@@ -116,11 +116,16 @@ class AttentionTap(TorchFunctionMode):
         if self.find_real and attn_mask is not None:
             real = attended(attn_mask, self.batch, self.tokens)
             weights = None if real is None else real.to(query.dtype)
-        if enable_gqa:
-            groups = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         output, scores = attention_with_scores(
-            query, key, value, bias=attn_mask, key_bias=bias, scale=scale, query_weights=weights, dropout=dropout_p
+            query,
+            key,
+            value,
+            bias=attn_mask,
+            key_bias=bias,
+            scale=scale,
+            query_weights=weights,
+            dropout=dropout_p,
+            enable_gqa=enable_gqa,
         )
         assert output is not None
         causal = self.inspect and attn_mask is not None and _causal_mask(attn_mask)

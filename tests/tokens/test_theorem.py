@@ -197,3 +197,21 @@ def test_off_is_the_model_itself() -> None:
     assert torch.equal(before[0], within[0])
     assert torch.equal(before[0], after[0])
     assert not torch.equal(before[0], pruned[0])
+
+
+def test_states_of_many_departures_are_put_back_in_order() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False).double().eval()
+    states_in = torch.randn(3, 20, 8, dtype=torch.float64)
+    proof = prove_tokens(model, (states_in,))
+    results = []
+    for mode in ("mask", "gather"):
+        runtime = proof.runtime(TopK((0.9, 0.7, 0.5, 0.3, 0.1)), mode=mode)
+        runtime.worthwhile = 0.0
+        install_tokens(model, runtime)
+        with torch.no_grad():
+            results.append(model(states_in))
+        remove_tokens(model)
+    assert float((results[0] - results[1]).abs().max()) < EXACT
+    assert runtime.counts is not None and runtime.counts.entering[:, 0].tolist() == [20, 18, 14, 10, 6, 2]
