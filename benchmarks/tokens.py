@@ -150,12 +150,23 @@ def by_length(data: TextData, split: str) -> list[int]:
 # Costs and accuracy
 
 
-def macs_of(layer: nn.Module, tokens: Tensor) -> Tensor:
-    """MACs of an encoder layer for examples of so many tokens: projections, products with all keys, the FFN."""
-    query, inner = layer.attention.self.query, layer.intermediate.dense
-    tokens = tokens.double()
-    heads = 2 * query.out_features * tokens.square() + 4 * query.in_features * query.out_features * tokens
-    return heads + 2 * inner.in_features * inner.out_features * tokens
+def macs_of(model: nn.Module, tokens: Tensor, behind: Tensor | None = None) -> Tensor:
+    """MACs of the encoder layers: projections, products with all keys, and the FFN.
+
+    Args:
+        model: the classifier.
+        tokens: those that enter each layer, (layers, examples), or (examples,) for all layers.
+        behind: those that go through its FFN; by default those that enter the next layer.
+    """
+    layers = list(model.encoder.encoder.layer)
+    tokens = tokens.double().expand(len(layers), -1) if tokens.dim() == 1 else tokens.double()
+    behind = torch.cat([tokens[1:], tokens[-1:]]) if behind is None else behind.double()
+    total = torch.zeros(tokens.shape[1], dtype=torch.float64)
+    for layer, entering, going in zip(layers, tokens, behind, strict=True):
+        query, inner = layer.attention.self.query, layer.intermediate.dense
+        total += 2 * query.out_features * entering.square() + 4 * query.in_features * query.out_features * entering
+        total += 2 * inner.in_features * inner.out_features * going
+    return total
 
 
 def evaluate(model: nn.Module, data: TextData) -> dict[str, Any]:
@@ -177,9 +188,7 @@ def evaluate(model: nn.Module, data: TextData) -> dict[str, Any]:
         every.append(pairs)
         splits[name] = scores_of(pairs)
     entered, whole = torch.cat(entering, 1), torch.cat(real)  # (layers, examples), (examples,)
-    layers = model.encoder.encoder.layer
-    macs = torch.stack([macs_of(layer, tokens) for layer, tokens in zip(layers, entered, strict=True)]).sum(0)
-    dense = torch.stack([macs_of(layer, whole) for layer in layers]).sum(0)
+    macs, dense = macs_of(model, entered), macs_of(model, whole)
     shares = (macs / dense).sort().values
     return {
         "accuracy": splits | {"pooled": scores_of(torch.cat(every, 1))},

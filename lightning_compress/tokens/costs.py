@@ -2,11 +2,13 @@ r"""What the layers of a stack cost at a number of tokens, and what is left of i
 
 Projections and feed-forward parts cost the same for every token, attention costs the same for every pair, so that a
 call with :math:`n` tokens takes :math:`a n^2 + b n` multiply-accumulates; :math:`c` is for what tokens do not pay for.
+The tail of a layer takes :math:`t` of :math:`b`, and only for the tokens that its attention has left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -21,22 +23,25 @@ from lightning_compress.tokens.stack import python_attention
 
 @dataclass(frozen=True)
 class LayerCosts:
-    r"""Multiply-accumulates of every call of a stack, for one example of :math:`n` tokens.
+    r"""Multiply-accumulates of every call of a stack, for one example of which :math:`n_l` tokens enter call l.
 
-    .. math:: C_l(n) = a_l n^2 + b_l n + c_l
+    .. math:: C_l = a_l n_l^2 + (b_l - t_l) n_l + t_l n_{l+1} + c_l, \quad n_{L+1} = n_L
 
     Args:
         a: per pair of tokens, for every call.
         b: per token.
         c: per call.
+        tail: :math:`t`, the part of ``b`` that is only taken for tokens that go on to the next call; empty for none.
 
     Raises:
-        ValueError: for no calls, different numbers of them, or costs of which none is positive.
+        ValueError: for no calls, different numbers of them, costs of which none is positive, or more in the tail than
+            in the call.
     """
 
     a: tuple[float, ...]
     b: tuple[float, ...]
     c: tuple[float, ...]
+    tail: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.a) == len(self.b) == len(self.c) or not any(x > 0 for x in (*self.a, *self.b, *self.c)):
@@ -44,6 +49,10 @@ class LayerCosts:
                 "Expected coefficients a, b and c of at least one call, some of them positive, but got "
                 f"a={self.a}, b={self.b}, c={self.c}."
             )
+        if self.tail and not (
+            len(self.tail) == len(self.b) and all(0 <= t <= b for t, b in zip(self.tail, self.b, strict=True))
+        ):
+            raise ValueError(f"Expected a tail of every call, from 0 to b={self.b}, but got {self.tail}.")
 
     @classmethod
     def joined(cls, parts: Iterable[LayerCosts]) -> LayerCosts:
@@ -53,6 +62,7 @@ class LayerCosts:
             tuple(x for part in parts for x in part.a),
             tuple(x for part in parts for x in part.b),
             tuple(x for part in parts for x in part.c),
+            tuple(x for part in parts for x in part.tail or (0.0,) * len(part.a)),
         )
 
     def macs(self, counts: Tensor) -> Tensor:
@@ -77,7 +87,11 @@ class LayerCosts:
         if counts.dtype != torch.float64:
             counts = counts.float()  # squares of long lengths overflow in half precision
         a, b, c = (counts.new_tensor(x).unsqueeze(1) for x in (self.a, self.b, self.c))
-        return (a * counts + b) * counts + c
+        macs = (a * counts + b) * counts + c
+        if not self.tail or counts.dim() == 1:
+            return macs
+        behind = torch.cat([counts[1:], counts[-1:]])
+        return macs - counts.new_tensor(self.tail).unsqueeze(1) * (counts - behind)
 
     def relative(self, entering: Tensor, real: Tensor) -> Tensor:
         r"""Multiply-accumulates relative to those at the real lengths, over all calls and examples.
@@ -144,15 +158,22 @@ def fit_costs(run: Callable[[int], int], lengths: Sequence[int]) -> LayerCosts:
     return LayerCosts((float(a),), (float(b),), (float(c),))
 
 
-def counted_macs(call: Callable[[], Any]) -> int:
-    """Multiply-accumulates of matrix products, convolutions and attention that ``call`` computes.
+@contextmanager
+def counted() -> Iterator[Callable[[], int]]:
+    """Multiply-accumulates of matrix products, convolutions and attention that are computed under it, so far.
 
     Without gradients, and without the fused attention and encoder layers of PyTorch: they are not all counted.
     """
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), python_attention(), sdpa_kernel(SDPBackend.MATH), counter:
+        yield lambda: counter.get_total_flops() // 2
+
+
+def counted_macs(call: Callable[[], Any]) -> int:
+    """Multiply-accumulates of matrix products, convolutions and attention that ``call`` computes, as by ``counted``."""
+    with counted() as macs:
         call()
-    return counter.get_total_flops() // 2
+        return macs()
 
 
-__all__ = ["LayerCosts", "counted_macs", "fit_costs", "relative_macs"]
+__all__ = ["LayerCosts", "counted", "counted_macs", "fit_costs", "relative_macs"]

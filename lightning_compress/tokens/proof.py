@@ -23,7 +23,8 @@ from lightning_compress.token_policies import KeepAll, TokenPolicy
 from lightning_compress.tokens.arguments import output_state, with_state
 from lightning_compress.tokens.errors import TokenPruningError
 from lightning_compress.tokens.runtime import TokenRuntime, install_tokens, remove_tokens, token_runtime
-from lightning_compress.tokens.stack import TokenStack, find_stack
+from lightning_compress.tokens.stack import TokenStack, TokenTail, record_calls, stack_of
+from lightning_compress.tokens.tail import find_tails
 
 TOLERANCE = 1e-9
 TRIES = 32  # assignments of token dims to arguments whose sizes leave it open
@@ -89,7 +90,7 @@ def prove_tokens(
             "Expected a model without token pruning, but it has a runtime. Call remove_tokens first."
         )
     with DoubleWeights(model, perturbed=True), Rehearsal(model, tokens=True) as rehearsal:
-        stack = find_stack_in(rehearsal, model, args, kwargs)
+        stack, tails = _find(rehearsal, model, args, kwargs)
         try:
             full = rehearsal.reference(args, kwargs)
         except SurgeryError as failure:
@@ -100,17 +101,26 @@ def prove_tokens(
         if protected is None and read is not None:
             trial.protected = tuple(sorted({0, *read}))
         error, stack = trial.search(stack)
+        # the first span that bears it: behind the attention, every token by itself
+        tail = next((t for t in tails if trial.bears(replace(stack, tail=t), scatter=True)), None)
+        if tail is not None:
+            stack = replace(stack, tail=tail)
+            error = max(error, trial.error(stack))
         scatter = not trial.bears(stack, scatter=False)
     return ProvenTokens(stack, scatter, read, trial.protected, error)
 
 
-def find_stack_in(rehearsal: Rehearsal, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TokenStack:
-    """``find_stack`` inside a rehearsal."""
-    found: list[TokenStack] = []
+def _find(
+    rehearsal: Rehearsal, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[TokenStack, list[TokenTail]]:
+    """The stack, and what may be the tail of its layers, found inside a rehearsal."""
+    found: list[tuple[TokenStack, list[TokenTail]]] = []
 
     class Finding(nn.Module):
         def forward(self, *inner: Any, **named: Any) -> Tensor:
-            found.append(find_stack(model, inner, named))
+            calls = record_calls(model, inner, named)
+            stack = stack_of(calls)
+            found.append((stack, find_tails(model, calls, stack)))
             return torch.zeros(())
 
     rehearsal.run(Finding(), args, kwargs)
@@ -143,8 +153,9 @@ class _Trial:
     def run(self, stack: TokenStack, mode: Any, decisions: Tensor, scatter: bool = True) -> Outputs:
         """Outputs with decisions bool (layers - 1, batch, tokens)."""
 
-        def decide(layer: int, index: Tensor | None, active: Tensor) -> Tensor:
-            table = decisions[layer, torch.arange(active.shape[0]) % len(decisions[layer])].to(active.device)
+        def decide(layer: int, rows: Tensor | None, index: Tensor | None, active: Tensor) -> Tensor:
+            rows = torch.arange(active.shape[0]) if rows is None else rows.cpu()
+            table = decisions[layer, rows % len(decisions[layer])].to(active.device)
             return table if index is None else table.gather(1, index)
 
         with self.installed(stack, mode, scatter) as runtime:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -10,10 +10,11 @@ from torch import nn
 from lightning_compress.strict_json import StrictReader
 from lightning_compress.token_policies import policy_from
 from lightning_compress.tokens.runtime import TokenRuntime, install_tokens, token_runtime
-from lightning_compress.tokens.stack import TokenStack
+from lightning_compress.tokens.stack import TokenStack, TokenTail
 
 MOST_CALLS, MOST_DIMS, LARGEST = 100_000, 8, 2**31
-KEYS = ("owner", "layers", "state", "dims", "tokens", "width")
+KEYS = ("owner", "layers", "state", "dims", "tokens", "width", "tail")
+TAIL = ("first", "last", "base")
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,26 @@ def _state(runtime: TokenRuntime) -> dict[str, Any]:
             "dims": {path: list(dims) for path, dims in stack.dims.items()},
             "tokens": stack.tokens,
             "width": stack.width,
+            "tail": None if stack.tail is None else asdict(stack.tail),
         },
         "policy": runtime.policy.state(),
         "protected": list(runtime.protected),
         "min_keep": runtime.min_keep,
         "scatter": runtime.scatter,
     }
+
+
+def _tail(read: StrictReader, value: object, path: str) -> TokenTail:
+    tail = read.object(value, path, TAIL)
+    first, last, base = (read.string(tail[key], f"{path}.{key}") for key in TAIL)
+    if base and not _is_argument(base):
+        read.refuse(f"{path}.base", "args.NUMBER, kwargs.NAME or an empty string", base)
+    return TokenTail(first, last, base)
+
+
+def _is_argument(path: str) -> bool:
+    kind, _, key = path.partition(".")
+    return bool(kind == "kwargs" and key) or (kind == "args" and key.isdecimal() and len(key) < 4)
 
 
 def _runtime(value: object, path: str) -> TokenRuntime:
@@ -89,8 +104,7 @@ def _runtime(value: object, path: str) -> TokenRuntime:
     if not 2 <= len(layers) <= MOST_CALLS:
         read.refuse(f"{where}.layers", f"a list of 2 to {MOST_CALLS} paths", layers)
     state = read.string(stack["state"], f"{where}.state")
-    kind, _, key = state.partition(".")
-    if not (kind == "kwargs" and key) and not (kind == "args" and key.isdecimal() and len(key) < 4):
+    if not _is_argument(state):
         read.refuse(f"{where}.state", "args.NUMBER or kwargs.NAME", state)
     dims = {}
     for name, found in read.mapping(stack["dims"], f"{where}.dims").items():
@@ -107,6 +121,7 @@ def _runtime(value: object, path: str) -> TokenRuntime:
             dims,
             read.integer(stack["tokens"], f"{where}.tokens", 1, LARGEST),
             read.integer(stack["width"], f"{where}.width", 1, LARGEST),
+            None if stack["tail"] is None else _tail(read, stack["tail"], f"{where}.tail"),
         ),
         policy_from(data["policy"], f"{path}.policy"),
         protected=tuple(read.integer(item, at, -LARGEST, LARGEST) for at, item in protected),

@@ -1,9 +1,9 @@
 """Token pruning at run time: tokens really leave the computation.
 
 The forward of the owner of the stack and of every layer is replaced, on the instance, by one that carries the positions
-of the tokens that are left. After the attention of a layer, the policy decides; from the next layer on, the batch is
-repacked to the longest row that is left. At the end states are scattered back: a token that left has the state with
-which it left.
+of the tokens that are left. After the attention of a layer, the policy decides. Tokens that do not stay skip the tail
+of that layer, its feed-forward part (`tail.py`), and from the next layer on the batch is repacked to the longest row
+that is left. At the end states are scattered back: a token that left has the state with which it left.
 
 Four modes: ``"off"`` (the model as it is), ``"gather"`` (tokens leave), ``"mask"`` (the same decisions with all tokens
 in place: no key sees a pruned token, and its state is frozen; what gathering is compared with), ``"soft"`` (in part
@@ -36,6 +36,7 @@ from lightning_compress.tokens.gathering import (
     scatter_states,
 )
 from lightning_compress.tokens.stack import TokenStack, python_attention, sure_dims
+from lightning_compress.tokens.tail import TailPass, tail_names
 from lightning_compress.tokens.tap import AttentionTap, Heard, graph_recording
 
 Mode = Literal["off", "soft", "mask", "gather"]
@@ -48,8 +49,8 @@ RECOMPUTED = (
     'around the whole model, or set runtime.train_mode = "off".'
 )
 SURELY = 30.0  # a logit whose sigmoid is 1 in float32
-# (layer, positions of the present tokens or None for all, active) -> keep
-Decide = Callable[[int, "Tensor | None", Tensor], Tensor]
+# (layer, rows or None for all, positions of the present tokens or None for all, active) -> keep
+Decide = Callable[[int, "Tensor | None", "Tensor | None", Tensor], Tensor]
 
 
 @dataclass
@@ -57,9 +58,9 @@ class SoftPruning:
     r"""How tokens are pruned in part.
 
     ``cumulative``: :math:`M_l = M_{l-1}\,\sigma((s_l - \theta_l)/T)`; in layer l+1 keys get the bias
-    :math:`\log M_l` and the state becomes :math:`M_l\,f(h) + (1 - M_l)\,h`, so that for :math:`T \to 0` it is the hard
-    decision. Otherwise as published: the state that a layer returns is multiplied with its own mask, and no key is
-    masked.
+    :math:`\log M_l` and the state becomes :math:`M_l\,f(h) + (1 - M_l)\,h`, and what the tail of layer l adds is
+    multiplied with :math:`M_l`, so that for :math:`T \to 0` it is the hard decision. Otherwise as published: the state
+    that a layer returns is multiplied with its own mask, and no key is masked.
 
     Attributes:
         thresholds: one scalar per decision, in units of the mean score.
@@ -104,6 +105,27 @@ class TokenCounts:
 
 
 @dataclass(eq=False)
+class _Call:
+    """One call of a layer, with all rows of the batch or some of them.
+
+    ``keep`` and ``soft`` (the mask and its logarithm) are set if the decision falls before the layer returns.
+    """
+
+    number: int
+    decides: bool
+    tap: AttentionTap
+    rows: Tensor | None  # int64, which rows; None: all
+    slots: int
+    tail: TailPass | None = None
+    keep: Tensor | None = None  # bool (rows, slots)
+    soft: tuple[Tensor, Tensor | None] | None = None
+
+    def own(self, value: Tensor) -> Tensor:
+        """What belongs to this call of something (batch, present)."""
+        return value if self.rows is None else value.index_select(0, self.rows)[:, : self.slots]
+
+
+@dataclass(eq=False)
 class _Forward:
     """The state of one forward of the owner. Present tokens are those that have not physically left."""
 
@@ -130,6 +152,7 @@ class _Forward:
     masks: list[Tensor] = field(default_factory=list)
     present: list[tuple[Tensor | None, Tensor | None]] = field(default_factory=list)
     gathered: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    call: _Call | None = None  # the call of a layer that is under way
 
     def real_count(self, like: Tensor) -> Tensor:
         """Number of real tokens of each row, float32 (batch,)."""
@@ -273,7 +296,7 @@ class TokenRuntime:
             groups = group_rows(state.counts, saving=self.saving)
             if len(groups) > 1:
                 parts = self._in_groups(state, groups, original, name, call, bias, weights, ask)
-        output, heard = parts or _listen(original, name, call, bias, weights, ask)
+        output, heard, decided = parts or self._listen(state, original, name, call, bias, weights, ask)
         new = output_state(output)
         assert new is not None
         if number == 0:
@@ -288,8 +311,7 @@ class TokenRuntime:
         if last:
             changed = self._finished(state, changed)
         else:
-            assert heard.scores is not None
-            changed = self._decided(state, number, heard.scores, changed)
+            changed = self._decided(state, heard, decided, changed)
         return output if changed is new else with_state(output, changed)
 
     def _in_groups(
@@ -302,7 +324,7 @@ class TokenRuntime:
         bias: Tensor | None,
         weights: Tensor | None,
         ask: _Ask,
-    ) -> tuple[Any, Heard] | None:
+    ) -> tuple[Any, Heard, _Call] | None:
         """A layer called once for each group of rows; the parts put together again.
 
         None if it returns more than the state: what that has to do with rows is not known.
@@ -310,7 +332,7 @@ class TokenRuntime:
         hidden, args, kwargs = call
         batch, slots = hidden.shape[:2]
         counts = state.counts or ()
-        states, scores = [], []
+        states, scores, keeps = [], [], []
         for group in groups:
             rows = torch.tensor(group.rows, device=hidden.device)
 
@@ -333,13 +355,15 @@ class TokenRuntime:
 
             own_args, own_kwargs = with_tensors(args, kwargs, visit)
             masked = state.shown is not state.valid or any(counts[r] < group.slots for r in group.rows)
-            output, heard = _listen(
+            output, heard, decided = self._listen(
+                state,
                 original,
                 name,
                 (part, own_args, own_kwargs),
                 None if bias is None or not masked else cut(bias),
                 None if weights is None or not masked else cut(weights),
                 ask,
+                rows,
             )
             new = output_state(output)
             assert new is not None
@@ -348,10 +372,90 @@ class TokenRuntime:
             states.append(nn.functional.pad(new, (0, 0, 0, slots - group.slots)))
             if heard.scores is not None:
                 scores.append(nn.functional.pad(heard.scores, (0, slots - group.slots)))
+            if decided.keep is not None:
+                keeps.append(nn.functional.pad(decided.keep, (0, slots - group.slots)))
         order = torch.tensor([row for group in groups for row in group.rows], device=hidden.device).argsort()
         together = torch.cat(states).index_select(0, order)
         received = torch.cat(scores).index_select(0, order) if scores else None
-        return with_state(output, together), Heard(received)
+        whole = _Call(decided.number, decided.decides, decided.tap, None, slots)
+        whole.keep = torch.cat(keeps).index_select(0, order) if keeps else None
+        return with_state(output, together), Heard(received), whole
+
+    def _listen(
+        self,
+        state: _Forward,
+        original: Callable[..., Any],
+        name: str,
+        call: tuple[Tensor, tuple[Any, ...], dict[str, Any]],
+        bias: Tensor | None,
+        weights: Tensor | None,
+        ask: _Ask,
+        rows: Tensor | None = None,
+    ) -> tuple[Any, Heard, _Call]:
+        """One call of a layer with the tap on its attention."""
+        hidden, args, kwargs = call
+        tap = AttentionTap(
+            hidden.shape[0],
+            hidden.shape[1],
+            key_bias=bias,
+            query_weights=weights,
+            find_real=ask.real,
+            wanted=ask.scores,
+            inspect=ask.inspect,
+        )
+        state.call = decided = _Call(state.layer - 1, ask.scores, tap, rows, hidden.shape[1])
+        try:
+            with tap:
+                output = original(*args, **kwargs)
+        finally:
+            state.call = None
+        if tap.recomputed:
+            raise TokenPruningError(RECOMPUTED.format(name))
+        heard = tap.one(name)
+        new = output_state(output)
+        if new is None or new.shape != hidden.shape:
+            raise TokenPruningError(
+                f"Expected the layer {name!r} to return a state of shape {tuple(hidden.shape)}, but got "
+                f"{type(output).__name__ if new is None else tuple(new.shape)}."
+            )
+        return output, heard, decided
+
+    # The tail of a layer
+
+    def run_tail(
+        self, original: Callable[..., Any], name: str, ends: tuple[bool, bool], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """The forward of a module with which the tail of a layer begins, ends, or both."""
+        state = self._forward
+        call = None if state is None else state.call
+        if state is None or call is None or not call.decides:
+            return original(*args, **kwargs)
+        begins, ends_here = ends
+        if begins and len(call.tap.heard) == 1 and call.tap.heard[0].scores is not None:
+            self._enter_tail(state, call, call.tap.heard[0])
+        tail = call.tail
+        if tail is None:
+            return original(*args, **kwargs)
+        if ends_here:
+            call.tail = None
+        return tail.run(original, ends_here, args, kwargs, name)
+
+    def _enter_tail(self, state: _Forward, call: _Call, heard: Heard) -> None:
+        """Decide, as far as the rest of the layer is concerned."""
+        assert self.stack.tail is not None and heard.scores is not None
+        if state.mode == "soft":
+            assert self.soft is not None
+            if self.soft.cumulative:  # as published a mask works at the end of its layer
+                call.soft = self._soft_masks(state, call.number, heard.scores)
+                call.tail = TailPass(self.stack.tail, _rows(heard.scores), soft=call.soft[0])
+            return
+        call.keep = self._keep(state, call, heard)
+        flat = None
+        if state.mode == "gather":
+            flat = call.keep.flatten().nonzero().squeeze(1)
+            if flat.shape[0] > (1 - self.worthwhile) * call.keep.numel():
+                flat = None
+        call.tail = TailPass(self.stack.tail, _rows(call.keep), keep=call.keep, flat=flat)
 
     def _understand(self, state: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Which dims of the arguments run over tokens; where that is open, all tokens stay in place in this forward."""
@@ -456,29 +560,37 @@ class TokenRuntime:
 
     # Decisions
 
-    def _decided(self, state: _Forward, number: int, scores: Tensor, hidden: Tensor) -> Tensor:
+    def _decided(self, state: _Forward, heard: Heard, call: _Call, hidden: Tensor) -> Tensor:
         if state.mode == "soft":
-            return self._softly(state, number, scores, hidden)
-        scores = scores.detach()
-        if self.policy.accumulated:
-            state.accumulated = scores if state.accumulated is None else state.accumulated + scores
-            scores = state.accumulated
-        active = state.real if number == 0 else state.shown
-        if active is None:
-            active = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        if self.decide is not None:
-            keep = self.decide(number, state.index, active) & active
-            if state.protected is not None:
-                keep = keep | (state.protected & active)
-        else:
-            real = state.real_count(hidden).long()
-            keep = self.policy.keep(number, scores, active, real, state.protected, self.min_keep)
+            assert heard.scores is not None
+            state.mask, state.log_mask = call.soft or self._soft_masks(state, call.number, heard.scores)
+            state.masks.append(state.mask)
+            return hidden if state.log_mask is not None else hidden * state.mask.unsqueeze(-1).to(hidden.dtype)
+        keep = self._keep(state, call, heard) if call.keep is None else call.keep
+        if self.policy.accumulated and heard.scores is not None:
+            state.accumulated = _summed(state.accumulated, heard.scores)
         if state.mode == "gather":
             packing = repack(keep, self.multiple)
             if sum(packing.counts) <= (1 - self.worthwhile) * keep.numel():
                 return self._gathered(state, packing, hidden)
         state.shown, state.frozen = keep, True
         return hidden
+
+    def _keep(self, state: _Forward, call: _Call, heard: Heard) -> Tensor:
+        """Which of the tokens in a call stay, bool (rows, slots)."""
+        assert heard.scores is not None
+        active = heard.real if call.number == 0 else None if state.shown is None else call.own(state.shown)
+        if active is None:
+            active = torch.ones(heard.scores.shape, dtype=torch.bool, device=heard.scores.device)
+        protected = None if state.protected is None else call.own(state.protected)
+        if self.decide is not None:
+            index = None if state.index is None else call.own(state.index)
+            keep = self.decide(call.number, call.rows, index, active) & active
+            return keep if protected is None else keep | (protected & active)
+        scores = heard.scores.detach()
+        if self.policy.accumulated:
+            scores = _summed(None if state.accumulated is None else call.own(state.accumulated), scores)
+        return self.policy.keep(call.number, scores, active, _real_count(state, heard, call), protected, self.min_keep)
 
     def _gathered(self, state: _Forward, packing: Repacking, hidden: Tensor) -> Tensor:
         if state.scatter:
@@ -494,7 +606,8 @@ class TokenRuntime:
             state.accumulated = state.accumulated.gather(1, packing.index)
         return gather_states(hidden, packing)
 
-    def _softly(self, state: _Forward, number: int, scores: Tensor, hidden: Tensor) -> Tensor:
+    def _soft_masks(self, state: _Forward, number: int, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The mask after a decision, and its logarithm if keys are to be masked with it, both (batch, tokens)."""
         soft = self.soft
         assert soft is not None
         logits = (scores.float() - soft.thresholds[number].float()) / soft.temperature
@@ -502,18 +615,14 @@ class TokenRuntime:
             logits = logits.masked_fill(state.protected, SURELY)
         mask, log_mask = torch.sigmoid(logits), nn.functional.logsigmoid(logits)
         if not soft.cumulative:
-            state.mask = mask
-            state.masks.append(mask)
-            return hidden * mask.unsqueeze(-1).to(hidden.dtype)
+            return mask, None
         if soft.straight_through:
             stays = logits.detach() >= 0
             mask = straight_through(mask, stays.to(mask.dtype))
             log_mask = straight_through(log_mask, torch.where(stays, 0.0, -SURELY))
         if state.mask is not None and state.log_mask is not None:
             mask, log_mask = state.mask * mask, (state.log_mask + log_mask).clamp(min=-2 * SURELY)
-        state.mask, state.log_mask = mask, log_mask
-        state.masks.append(mask)
-        return hidden
+        return mask, log_mask
 
     # The end
 
@@ -561,37 +670,23 @@ class _Ask:
     inspect: bool
 
 
-def _listen(
-    original: Callable[..., Any],
-    name: str,
-    call: tuple[Tensor, tuple[Any, ...], dict[str, Any]],
-    bias: Tensor | None,
-    weights: Tensor | None,
-    ask: _Ask,
-) -> tuple[Any, Heard]:
-    """One call of a layer with the tap on its attention."""
-    hidden, args, kwargs = call
-    tap = AttentionTap(
-        hidden.shape[0],
-        hidden.shape[1],
-        key_bias=bias,
-        query_weights=weights,
-        find_real=ask.real,
-        wanted=ask.scores,
-        inspect=ask.inspect,
-    )
-    with tap:
-        output = original(*args, **kwargs)
-    if tap.recomputed:
-        raise TokenPruningError(RECOMPUTED.format(name))
-    heard = tap.one(name)
-    new = output_state(output)
-    if new is None or new.shape != hidden.shape:
-        raise TokenPruningError(
-            f"Expected the layer {name!r} to return a state of shape {tuple(hidden.shape)}, but got "
-            f"{type(output).__name__ if new is None else tuple(new.shape)}."
-        )
-    return output, heard
+def _rows(value: Tensor) -> tuple[int, int]:
+    return value.shape[0], value.shape[1]
+
+
+def _summed(before: Tensor | None, scores: Tensor) -> Tensor:
+    return scores.detach() if before is None else before + scores.detach()
+
+
+def _real_count(state: _Forward, heard: Heard, call: _Call) -> Tensor:
+    """Number of real tokens of each row of a call, int64 (rows,)."""
+    real = heard.real if call.number == 0 else state.real
+    if real is not None:
+        count = real.sum(1)
+        return count if call.rows is None else count.index_select(0, call.rows)
+    rows = state.batch if call.rows is None else call.rows.shape[0]
+    assert heard.scores is not None
+    return torch.full((rows,), state.tokens, device=heard.scores.device)
 
 
 def _key_bias(state: _Forward, hidden: Tensor) -> Tensor | None:
@@ -664,6 +759,13 @@ class _LayerForward(_Forwarded):
         return self.runtime.run_layer(self.original(), self.name, args, kwargs)
 
 
+class _TailForward(_Forwarded):
+    ends: tuple[bool, bool] = (False, False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.runtime.run_tail(self.original(), self.name, self.ends, args, kwargs)
+
+
 def token_runtime(model: nn.Module) -> TokenRuntime | None:
     """The runtime that is installed on ``model``; None if there is none."""
     return vars(model).get(RUNTIME)
@@ -688,7 +790,9 @@ def install_tokens(model: nn.Module, runtime: TokenRuntime) -> TokenRuntime:
             "remove_tokens(model)."
         )
     modules = dict(model.named_modules())
-    wanted = [runtime.stack.owner, *runtime.stack.layers]
+    distinct = tuple(dict.fromkeys(runtime.stack.layers))
+    tails = {path: ends for layer in distinct for path, *ends in tail_names(runtime.stack, layer)}
+    wanted = [runtime.stack.owner, *distinct, *tails]
     missing = [name for name in wanted if name not in modules]
     if missing:
         raise TokenPruningError(
@@ -703,9 +807,14 @@ def install_tokens(model: nn.Module, runtime: TokenRuntime) -> TokenRuntime:
             )
     owner = modules[runtime.stack.owner]
     _replace(_OwnerForward(runtime, owner, runtime.stack.owner, vars(owner).get("forward")))
-    for name in dict.fromkeys(runtime.stack.layers):
+    for name in distinct:
         layer = modules[name]
         _replace(_LayerForward(runtime, layer, name, vars(layer).get("forward")))
+    for name, (begins, ends) in tails.items():
+        part = modules[name]
+        forward = _TailForward(runtime, part, name, vars(part).get("forward"))
+        forward.ends = (begins, ends)
+        _replace(forward)
     vars(model)[RUNTIME] = runtime
     model.register_forward_pre_hook(_check_call, with_kwargs=True)
     return runtime

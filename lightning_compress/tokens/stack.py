@@ -23,6 +23,22 @@ from lightning_compress.tokens.tap import MULTI_HEAD, SDPA, SOFTMAX, with_inner_
 
 
 @dataclass(frozen=True)
+class TokenTail:
+    """The part of every layer, behind its attention, that a token does not need which the layer decides against.
+
+    Args:
+        first: path of the sub-module with which it begins, from the layer.
+        last: path of the sub-module with which it ends.
+        base: argument of the last one, as ``args.1``, that stands for its output for tokens that were left out; "" for
+            zeros.
+    """
+
+    first: str
+    last: str
+    base: str = ""
+
+
+@dataclass(frozen=True)
 class TokenStack:
     """Where tokens can leave a model.
 
@@ -33,6 +49,7 @@ class TokenStack:
         dims: dims of other arguments that run over tokens, by path, counted from the end (negative).
         tokens: number of tokens in the example.
         width: width of the hidden state.
+        tail: what tokens skip in the layer that decides against them; None if they leave after it.
     """
 
     owner: str
@@ -41,20 +58,23 @@ class TokenStack:
     dims: Mapping[str, tuple[int, ...]]
     tokens: int
     width: int
+    tail: TokenTail | None = None
 
 
 @dataclass(eq=False)
 class LayerCall:
-    """One call of a module in the example's run."""
+    """One call of a module in the example's run, the ``number``-th of all."""
 
     name: str
     parent: LayerCall | None
+    number: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any = None
     attention: list[tuple[int, int, int]] = field(
         default_factory=list
     )  # (rows, queries, keys) of every attention inside
+    heard_at: int = -1  # number of the first call after the last attention inside
     state: str = ""
     hidden: Tensor | None = None
 
@@ -92,10 +112,11 @@ class _Recorder(TorchFunctionMode):
             return
         for call in (self.current, *self.current.ancestors()):
             call.attention.append((rows, queries, keys))
+            call.heard_at = len(self.calls)
 
     def enter(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.current = LayerCall(name, self.current, args, kwargs)
+            self.current = LayerCall(name, self.current, len(self.calls), args, kwargs)
             self.calls.append(self.current)
 
         return hook
@@ -284,6 +305,7 @@ def _nothing(calls: list[LayerCall]) -> str:
 __all__ = [
     "LayerCall",
     "TokenStack",
+    "TokenTail",
     "find_stack",
     "python_attention",
     "record_calls",

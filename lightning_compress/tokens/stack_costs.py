@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +12,9 @@ from torch import Tensor, nn
 
 from lightning_compress.discovery.tracer import evaluation
 from lightning_compress.tokens.arguments import tensors_in, with_tensors
-from lightning_compress.tokens.costs import LayerCosts, counted_macs, fit_costs
+from lightning_compress.tokens.costs import LayerCosts, counted, fit_costs
 from lightning_compress.tokens.gathering import gather_dims
-from lightning_compress.tokens.stack import LayerCall, TokenStack, record_calls, token_dims
+from lightning_compress.tokens.stack import LayerCall, TokenStack, TokenTail, record_calls, token_dims
 
 LENGTHS = (4, 6, 9, 13)
 
@@ -53,9 +55,34 @@ def _costs(layer: nn.Module, call: LayerCall, stack: TokenStack) -> LayerCosts:
             return gather_dims(value, dims, index) if dims else value
 
         args, kwargs = with_tensors(call.args, call.kwargs, visit)
-        return counted_macs(lambda: layer(*args, **kwargs)) // batch
+        with counted() as macs, _noting(layer, stack.tail, macs) as noted:
+            layer(*args, **kwargs)
+            in_tail[length] = (noted[-1] - noted[0]) // batch if noted else 0
+            return macs() // batch
 
-    return fit_costs(run, LENGTHS)
+    in_tail: dict[int, int] = {}
+    costs = fit_costs(run, LENGTHS)
+    tail = fit_costs(in_tail.__getitem__, LENGTHS) if any(in_tail.values()) else None
+    if tail is None or any(tail.a) or any(tail.c):
+        return costs
+    return replace(costs, tail=tail.b)
+
+
+@contextmanager
+def _noting(layer: nn.Module, tail: TokenTail | None, macs: Callable[[], int]) -> Iterator[list[int]]:
+    """What has been counted when the tail of the layer begins and ends."""
+    noted: list[int] = []
+    handles = []
+    if tail is not None:
+        handles = [
+            layer.get_submodule(tail.first).register_forward_pre_hook(lambda *_: noted.append(macs())),
+            layer.get_submodule(tail.last).register_forward_hook(lambda *_: noted.append(macs())),
+        ]
+    try:
+        yield noted
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 __all__ = ["stack_costs"]
