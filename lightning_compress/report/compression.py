@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_compress.report.rounds import Round, rows, training_speedup
 from lightning_compress.report.text import aligned, byte_size, milliseconds, ratio, si
+from lightning_compress.report.tokens import TokenSummary
 from lightning_compress.timing import Latency
 
 
@@ -48,6 +49,9 @@ class CompressionReport:
         step: optimizer steps taken before the last removal.
         rounds: the removals, and how long training steps took before and after each; the steps after the last one are
             known when the fit ends.
+        tokens: what token pruning leaves, measured last in the fit and known when it ends; None without it. Its numbers
+            are of the layers at the real lengths of the examples, those above of the whole module on one example with
+            its padding.
     """
 
     params: tuple[int, int]
@@ -61,6 +65,7 @@ class CompressionReport:
     module: str = ""
     step: int = 0
     rounds: tuple[Round, ...] = ()
+    tokens: TokenSummary | None = None
 
     @property
     def macs_kept(self) -> float:
@@ -84,6 +89,7 @@ class CompressionReport:
         """The report as plain numbers, ready for JSON."""
         return {
             **asdict(self),
+            "tokens": None if self.tokens is None else self.tokens.to_dict(),
             "macs_kept": self.macs_kept,
             "speedup": self.speedup,
             "training_speedup": self.training_speedup,
@@ -97,8 +103,10 @@ class CompressionReport:
     def from_json(cls, text: str) -> CompressionReport:
         """The report that ``to_json`` has written."""
         data = json.loads(text)
-        values = {f.name: data[f.name] for f in fields(cls) if f.name != "rounds"}
+        values = {f.name: data[f.name] for f in fields(cls) if f.name not in ("rounds", "tokens")}
         values["rounds"] = tuple(Round.from_dict(r) for r in data.get("rounds", ()))
+        tokens = data.get("tokens")
+        values["tokens"] = None if tokens is None else TokenSummary.from_dict(tokens)
         for name in ("params", "macs", "prunable_macs", "bytes"):
             values[name] = tuple(values[name])
         values["structures"] = tuple(StructureCount(**s) for s in values["structures"])
@@ -120,6 +128,8 @@ class CompressionReport:
             values["compression/speedup"] = self.speedup
         if self.training_speedup is not None:
             values["compression/training_speedup"] = self.training_speedup
+        if self.tokens is not None:
+            values.update(self.tokens.metrics())
         return values
 
     def __str__(self) -> str:
@@ -145,6 +155,8 @@ class CompressionReport:
             lines += ["  " + line for line in aligned(table)]
         if measured := self.rounds_text():
             lines.append(measured)
+        if self.tokens is not None:
+            lines += ["  " + line for line in str(self.tokens).splitlines()]
         if self.pinned:
             lines.append(f"  {self.pinned} more families of units stay whole; explain(...) says why")
         return "\n".join(lines)
