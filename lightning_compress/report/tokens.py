@@ -34,7 +34,7 @@ class TokenSummary:
     Args:
         policy: its kind: "thresholds", "top_k" or "keep_all".
         values: thresholds of scores with mean 1, or rates, fractions; one for each layer but the last.
-        examples: N, how many examples were measured.
+        examples: N, how many examples were measured; one that was seen twice counts twice.
         tokens: real tokens of an example, the mean.
         macs: multiply-accumulates of the layers for an example, the mean: with all tokens, and with those that stay.
         dense_macs: the same with all tokens, before structures were removed in the fit; None if none were.
