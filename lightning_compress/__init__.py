@@ -32,7 +32,15 @@ from lightning_compress.regularizers import (
     trimmed_group_lasso,
     trimmed_group_lasso_factors,
 )
-from lightning_compress.report import CompressionReport, count_parameters, file_size, measure_latency
+from lightning_compress.report import (
+    CompressionReport,
+    TokenSummary,
+    count_parameters,
+    file_size,
+    measure_latency,
+    save_token_picture,
+    token_picture,
+)
 from lightning_compress.saving import load_compressed, save_compressed
 from lightning_compress.structures import EXACT_KINDS, KINDS, Slice, Structure, Structures
 from lightning_compress.surgery import SurgeryError, SurgeryReport, apply_plan, silence_units, zero_units
@@ -77,6 +85,7 @@ __all__ = [
     "TokenPruning",
     "TokenPruningError",
     "TokenRuntime",
+    "TokenSummary",
     "TopK",
     "UnitCost",
     "UnitGroups",
@@ -107,9 +116,11 @@ __all__ = [
     "prove_tokens",
     "remove_tokens",
     "save_compressed",
+    "save_token_picture",
     "select",
     "silence_units",
     "to_padded_scale",
+    "token_picture",
     "token_runtime",
     "tokens_off",
     "trim_tokenizer",

@@ -34,7 +34,7 @@ from lightning_compress.callbacks.moments import FitLength, Moment
 from lightning_compress.callbacks.monitors import begin_anew
 from lightning_compress.callbacks.processes import Processes
 from lightning_compress.callbacks.removal import check_finite, make_report, remove_units
-from lightning_compress.callbacks.session import CompressionSession, log_progress, traced_module
+from lightning_compress.callbacks.session import CompressionSession, log_progress, log_tokens, traced_module
 from lightning_compress.callbacks.sharded import FOLDER, check_finalizer, is_sharded, remove_gathered
 from lightning_compress.callbacks.shrinkage import unit_costs
 from lightning_compress.callbacks.sparsity_settings import check_count, check_importance
@@ -527,14 +527,16 @@ class FinalizeCompression(Callback):
             logger.log_metrics({"compression/seconds_per_step": taken.seconds}, step=trainer.global_step)
 
     def _complete_report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add to the report how long training steps took after the last removal."""
+        """Add to the report how long training steps took after the last removal, and which tokens stay."""
         if self._times is None or self.report is None:
             return
         self._end_phase(trainer, self._times.take())
-        report = replace(self.report, rounds=tuple(self._rounds))
+        pruning = self._joined().token_pruning
+        tokens = None if pruning is None else pruning.summary
+        report = replace(self.report, rounds=tuple(self._rounds), tokens=tokens)
         # process 0 measures for all of them
         self.report = report = self._joined().processes.first(
-            "report how long training steps take",
+            "complete the report",
             lambda: report,
             pack=CompressionReport.to_json,
             unpack=CompressionReport.from_json,
@@ -544,6 +546,8 @@ class FinalizeCompression(Callback):
         if report.training_speedup is not None:
             for logger in trainer.loggers:
                 logger.log_metrics({"compression/training_speedup": report.training_speedup}, step=trainer.global_step)
+        if report.tokens is not None:
+            log_tokens(trainer, pl_module, report.tokens)
 
     def _made_report(
         self, session: CompressionSession, context: AbstractContextManager[Any], step: int

@@ -29,12 +29,14 @@ from lightning_compress.callbacks.optimizer_steps import OptimizerSteps
 from lightning_compress.callbacks.plain_copy import plain_copy, reshard
 from lightning_compress.callbacks.processes import Processes, check_silent
 from lightning_compress.plan import PruningPlan
+from lightning_compress.report import TokenSummary
 from lightning_compress.structures import KINDS, Structures, check_kinds
 from lightning_compress.surgery.guards import check_plain
 
 if TYPE_CHECKING:
     from lightning_compress.callbacks.finalize_compression import FinalizeCompression
     from lightning_compress.callbacks.structured_sparsity import StructuredSparsity
+    from lightning_compress.callbacks.token_pruning import TokenPruning
 
 DEFAULT_KINDS = ("head", "ffn")
 
@@ -97,6 +99,7 @@ class CompressionSession:
         self.max_epochs: int | None = None
         self.sparsities: list[StructuredSparsity] = []
         self.finalizer: FinalizeCompression | None = None
+        self.token_pruning: TokenPruning | None = None
         self.before_removal: list[Callable[[], None]] = []
         # what happens with a checkpoint before its weights are loaded: first to the dense module, then to its shape
         self.before_shape: list[Callable[[Mapping[str, Any]], None]] = []
@@ -430,6 +433,13 @@ def log_progress(pl_module: pl.LightningModule, values: Mapping[str, float]) -> 
     """Log numbers to the progress bar and the loggers, as of this step."""
     for name, value in values.items():
         pl_module.log(name, value, prog_bar=True, on_step=True, on_epoch=False, batch_size=1)
+
+
+def log_tokens(trainer: pl.Trainer, pl_module: pl.LightningModule, tokens: TokenSummary) -> None:
+    """Print what token pruning leaves, and give its headline numbers to the loggers."""
+    pl_module.print(str(tokens))
+    for logger in trainer.loggers:
+        logger.log_metrics(tokens.metrics(), step=trainer.global_step)
 
 
 def traced_module(pl_module: nn.Module, name: str) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
@@ -19,7 +20,13 @@ from lightning_compress.callbacks.checkpoint import before_load
 from lightning_compress.callbacks.moments import FitLength, Moment
 from lightning_compress.callbacks.plain_copy import is_sharded
 from lightning_compress.callbacks.processes import Processes
-from lightning_compress.callbacks.session import CompressionSession, is_redirected_step, plainly, traced_module
+from lightning_compress.callbacks.session import (
+    CompressionSession,
+    is_redirected_step,
+    log_tokens,
+    plainly,
+    traced_module,
+)
 from lightning_compress.callbacks.strategies import check_strategy, unwrapped
 from lightning_compress.callbacks.token_calls import KEPT, RecentCalls, TokenCall, measure_tokens
 from lightning_compress.callbacks.token_record import TokenSetup, install_state, runtime_state
@@ -27,6 +34,7 @@ from lightning_compress.callbacks.token_schedule import PAPER_STRENGTH, WHOLE, M
 from lightning_compress.callbacks.token_targets import TOLERANCE, Measure, meet, ramped, shifted, top_k_for
 from lightning_compress.callbacks.token_thresholds import ThresholdLearner
 from lightning_compress.callbacks.training_step import with_loss, wrap_training_step
+from lightning_compress.report import TokenSummary
 from lightning_compress.token_policies import KeepAll, Thresholds, TokenPolicy
 from lightning_compress.tokens.costs import LayerCosts
 from lightning_compress.tokens.distribution import TokenDistribution
@@ -82,8 +90,11 @@ class TokenPruning(Callback):
         relative_macs: what hard decisions left when it was last measured, on the last batches of training.
         kept_per_layer: fraction of the tokens that entered each layer then.
         distribution: the same for every example; None before it is measured.
+        summary: the same as a record for reports and pictures, together with structures that were removed in the fit.
+            It is printed when the fit ends, with the report of a `FinalizeCompression` if there is one.
 
-    Logs ``token_pruning/macs``, ``token_pruning/temperature`` and ``token_pruning/threshold_l`` in every step.
+    Logs ``token_pruning/macs``, ``token_pruning/temperature`` and ``token_pruning/threshold_l`` in every step, and the
+    headline numbers of the summary when the fit ends.
 
     Raises:
         ValueError: for contradicting arguments or values out of range; at the start of the fit if a moment does not
@@ -130,6 +141,7 @@ class TokenPruning(Callback):
         self._stage: Stage = "before"
         self._setup: TokenSetup | None = None
         self._proven_at = -1
+        self._dense: LayerCosts | None = None
         self._runtime: TokenRuntime | None = None
         self._learner: ThresholdLearner | None = None
         self._calls = RecentCalls()
@@ -165,6 +177,14 @@ class TokenPruning(Callback):
         return None if self.distribution is None else self.distribution.kept_per_layer
 
     @property
+    def summary(self) -> TokenSummary | None:
+        """What hard decisions left when it was last measured, as a record for reports; None before."""
+        if self.distribution is None or self.policy is None:
+            return None
+        dense = None if self._dense == self.distribution.costs else self._dense
+        return TokenSummary.of(self.distribution, self.policy, dense)
+
+    @property
     def state_key(self) -> str:
         """Tells instances apart by their target and method."""
         return self._generate_state_key(
@@ -182,6 +202,7 @@ class TokenPruning(Callback):
         self._reset()
         self._module = pl_module
         self._session = CompressionSession.join(pl_module, self)
+        self._session.token_pruning = self
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the stages come in this fit, after every removal of structures."""
@@ -270,7 +291,7 @@ class TokenPruning(Callback):
             self._check_budget(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so if the fit ended before its stages."""
+        """Say so if the fit ended before its stages, and what tokens stay, unless a report says it."""
         if self._stage != "hard" or self._checks < len(self._moments()):
             rank_zero_warn(
                 f"The fit ended at {self._at:.0%}, before TokenPruning had come to the end of its stages "
@@ -282,6 +303,10 @@ class TokenPruning(Callback):
                 )
                 + " Train longer, or let early stopping begin after hard_at."
             )
+        finalizer, summary = self._joined().finalizer, self.summary
+        reported = finalizer is not None and finalizer.wants_report and finalizer.report is not None
+        if summary is not None and not reported:
+            log_tokens(trainer, pl_module, summary)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -317,6 +342,7 @@ class TokenPruning(Callback):
             "calls": self._calls.state() if soon else [],
             "checks": self._checks,
             "distribution": None if self.distribution is None else self.distribution.state(),
+            "dense": None if self._dense is None else asdict(self._dense),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -412,6 +438,8 @@ class TokenPruning(Callback):
         with plainly(pl_module), unwrapped(pl_module.trainer, pl_module):
             self._setup = session.processes.first("prove that tokens can leave", proven)
         self._proven_at = session.version
+        if session.version == 0:
+            self._dense = self._setup.costs
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         session = self._joined()
@@ -582,6 +610,8 @@ class TokenPruning(Callback):
     def _restore(self, pl_module: pl.LightningModule, state: Mapping[str, Any]) -> None:
         session = self._joined()
         self._stage, self._checks = state["stage"], state["checks"]
+        if state.get("dense") is not None:
+            self._dense = LayerCosts(**{name: tuple(values) for name, values in state["dense"].items()})
         if state["runtime"] is None:
             return
         session.traced_name, session.traced = state["module"], traced_module(pl_module, state["module"])

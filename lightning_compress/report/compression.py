@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from lightning_compress.report.rounds import Round, rows, training_speedup
+from lightning_compress.report.text import aligned, byte_size, milliseconds, ratio, si
+from lightning_compress.report.tokens import TokenSummary
 from lightning_compress.timing import Latency
 
 
@@ -48,6 +49,9 @@ class CompressionReport:
         step: optimizer steps taken before the last removal.
         rounds: the removals, and how long training steps took before and after each; the steps after the last one are
             known when the fit ends.
+        tokens: what token pruning leaves, measured last in the fit and known when it ends; None without it. Its numbers
+            are of the layers at the real lengths of the examples, those above of the whole module on one example with
+            its padding.
     """
 
     params: tuple[int, int]
@@ -61,6 +65,7 @@ class CompressionReport:
     module: str = ""
     step: int = 0
     rounds: tuple[Round, ...] = ()
+    tokens: TokenSummary | None = None
 
     @property
     def macs_kept(self) -> float:
@@ -84,6 +89,7 @@ class CompressionReport:
         """The report as plain numbers, ready for JSON."""
         return {
             **asdict(self),
+            "tokens": None if self.tokens is None else self.tokens.to_dict(),
             "macs_kept": self.macs_kept,
             "speedup": self.speedup,
             "training_speedup": self.training_speedup,
@@ -97,8 +103,10 @@ class CompressionReport:
     def from_json(cls, text: str) -> CompressionReport:
         """The report that ``to_json`` has written."""
         data = json.loads(text)
-        values = {f.name: data[f.name] for f in fields(cls) if f.name != "rounds"}
+        values = {f.name: data[f.name] for f in fields(cls) if f.name not in ("rounds", "tokens")}
         values["rounds"] = tuple(Round.from_dict(r) for r in data.get("rounds", ()))
+        tokens = data.get("tokens")
+        values["tokens"] = None if tokens is None else TokenSummary.from_dict(tokens)
         for name in ("params", "macs", "prunable_macs", "bytes"):
             values[name] = tuple(values[name])
         values["structures"] = tuple(StructureCount(**s) for s in values["structures"])
@@ -120,66 +128,39 @@ class CompressionReport:
             values["compression/speedup"] = self.speedup
         if self.training_speedup is not None:
             values["compression/training_speedup"] = self.training_speedup
+        if self.tokens is not None:
+            values.update(self.tokens.metrics())
         return values
 
     def __str__(self) -> str:
         rows = [
             ("", "before", "after", "ratio"),
-            ("parameters", f"{self.params[0]:,}", f"{self.params[1]:,}", _ratio(*self.params)),
-            ("MACs of an example", _si(self.macs[0]), _si(self.macs[1]), _ratio(*self.macs)),
-            ("  in structures", _si(self.prunable_macs[0]), _si(self.prunable_macs[1]), _ratio(*self.prunable_macs)),
-            ("file", _bytes(self.bytes[0]), _bytes(self.bytes[1]), _ratio(*self.bytes)),
+            ("parameters", f"{self.params[0]:,}", f"{self.params[1]:,}", ratio(*self.params)),
+            ("MACs of an example", si(self.macs[0]), si(self.macs[1]), ratio(*self.macs)),
+            ("  in structures", si(self.prunable_macs[0]), si(self.prunable_macs[1]), ratio(*self.prunable_macs)),
+            ("file", byte_size(self.bytes[0]), byte_size(self.bytes[1]), ratio(*self.bytes)),
         ]
         for call, (before, after) in self.latency.items():
-            ratio = _ratio(before.seconds, after.seconds)
-            rows.append((f"latency, {call}", _milliseconds(before), _milliseconds(after), ratio))
+            faster = ratio(before.seconds, after.seconds)
+            rows.append((f"latency, {call}", milliseconds(before), milliseconds(after), faster))
         what = f" of {self.module!r}" if self.module else ""
         lines = [
             f"Compression{what} after {self.step} optimizer steps: {self.macs_kept:.1%} of the prunable MACs are left"
         ]
-        lines += ["  " + line for line in _aligned(rows)]
+        lines += ["  " + line for line in aligned(rows)]
         lines.append(f"  largest difference between the zeroed and the smaller model, float64: {self.error:.1e}")
         if self.structures:
             table = [("structure", "kind", "kept", "tier")]
             table += [(s.name, s.kind, f"{s.kept} of {s.units}", s.tier or "") for s in self.structures]
-            lines += ["  " + line for line in _aligned(table)]
+            lines += ["  " + line for line in aligned(table)]
         if measured := self.rounds_text():
             lines.append(measured)
+        if self.tokens is not None:
+            lines += ["  " + line for line in str(self.tokens).splitlines()]
         if self.pinned:
             lines.append(f"  {self.pinned} more families of units stay whole; explain(...) says why")
         return "\n".join(lines)
 
     def rounds_text(self) -> str:
         """How long training steps took before and after each removal; empty before that is known."""
-        return "\n".join("  " + line for line in _aligned(rows(self.rounds)))
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
-def _ratio(before: float, after: float) -> str:
-    return f"{before / after:.2f}x" if after else "-"
-
-
-def _si(value: float) -> str:
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return f"{value:.0f}"
-
-
-def _bytes(value: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return f"{value} B"
-
-
-def _milliseconds(latency: Latency) -> str:
-    return f"{latency.seconds * 1e3:.2f} ms"
+        return "\n".join("  " + line for line in aligned(rows(self.rounds)))

@@ -38,17 +38,22 @@ class TokenDistribution:
 
     @property
     def kept_per_layer(self) -> tuple[float, ...]:
-        """Fraction of the real tokens of all examples that enters each layer."""
-        return tuple((self.entering.sum(1) / self.real.sum()).tolist())
+        """Fraction of the real tokens of all examples that enters each layer; 1 where there are none."""
+        return _fractions(self.entering.sum(1), self.real.sum().expand(len(self.entering)))
 
     @property
     def kept_per_example(self) -> tuple[float, ...]:
-        """For each example the multiply-accumulates, as a fraction of those with all of its real tokens."""
-        return tuple((self.costs.macs(self.entering).sum(0) / self.costs.macs(self.real).sum(0)).tolist())
+        """For each example the multiply-accumulates, as a fraction of those with all of its real tokens; 1 for none."""
+        return _fractions(self.costs.macs(self.entering).sum(0), self.costs.macs(self.real).sum(0))
 
     def state(self) -> dict[str, Any]:
         """Tensors, for a checkpoint."""
         return {"entering": self.entering, "real": self.real}
+
+
+def _fractions(part: Tensor, whole: Tensor) -> tuple[float, ...]:
+    nothing = whole <= 0  # as in ``LayerCosts.relative``
+    return tuple(torch.where(nothing, 1.0, part / whole.masked_fill(nothing, 1.0)).tolist())
 
 
 __all__ = ["TokenDistribution"]
