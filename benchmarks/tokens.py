@@ -34,6 +34,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -54,7 +55,7 @@ from safetensors.torch import load_file, save_model  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks import sst2  # noqa: E402
-from lightning_compress import Distillation, TokenPruning, apply_plan, make_plan, measure_latency  # noqa: E402
+from lightning_compress import TokenPruning, apply_plan, logits_kl, make_plan, measure_latency  # noqa: E402
 from lightning_compress.token_policies import KeepAll, Thresholds  # noqa: E402
 from lightning_compress.token_scores import linear_ramp  # noqa: E402
 from lightning_compress.tokens import tap  # noqa: E402
@@ -73,7 +74,8 @@ SEEDS = (0, 1)
 DENSE = {"mrpc": (5, 1e-4), "sst2": (3, 5e-5)}  # epochs and learning rate of the dense models
 DENSE_BATCH = 32
 EPOCHS, RATE, BATCH = 1, 2e-4, 16  # of everything but the dense models
-ALPHA, TEMPERATURE = 0.9, 2.0  # distillation: (1 - ALPHA) cross entropy + ALPHA T^2 KL
+ALPHA, TEMPERATURE = 0.9, 2.0
+POOLED = float(os.environ.get("POOLED", "10"))  # weights of the distillation, see `Taught`
 
 
 @dataclass(frozen=True)
@@ -117,30 +119,64 @@ def text_data(dataset: str, folder: str, seed: int, batch: int = BATCH) -> TextD
     return data
 
 
-class RememberedLogits(nn.Module):
-    """The dense model, with its logits for the training sentences computed once and kept in a file."""
+class Teacher:
+    """What the dense model answers to the training sentences, computed once and kept in a file."""
 
     def __init__(self, run: Run, data: TextData) -> None:
-        super().__init__()
         path = RUNS / f"{run.dataset}-teacher-seed{run.seed}.safetensors"
         if not path.is_file():
-            model = sst2.new_module(weights=run.dense_weights).model.eval()
-            sst2.save_whole({"logits": logits_of(model, data, "train")}, path)
-        self.logits = load_file(str(path))["logits"]  # (examples, labels)
+            sst2.save_whole(answers(sst2.new_module(weights=run.dense_weights).model.eval(), data), path)
+        self.answers = load_file(str(path))  # logits (examples, labels), pooled (examples, width)
         self.places = {tuple(ids): number for number, (ids, _) in enumerate(data.splits["train"])}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits (batch, labels)."""
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (batch, labels) and pooled states (batch, width)."""
         rows = zip(input_ids, attention_mask, strict=True)
-        return self.logits[[self.places[tuple(ids[mask.bool()].tolist())] for ids, mask in rows]]
+        places = [self.places[tuple(ids[mask.bool()].tolist())] for ids, mask in rows]
+        return self.answers["logits"][places], self.answers["pooled"][places]
+
+
+@contextmanager
+def pooled_states(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The mean states (batch, width) of every call, before dropout."""
+    seen: list[Tensor] = []
+    handle = model.dropout.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, data: TextData, split: str) -> Tensor:
-    """Logits (examples, labels) in the order of the split."""
-    order = by_length(data, split)
-    logits = [model(batch["input_ids"], batch["attention_mask"]).logits for batch in data.loader(split, order)]
-    return torch.cat(logits)[torch.tensor(order).argsort()]
+def answers(model: nn.Module, data: TextData) -> dict[str, Tensor]:
+    """Logits and pooled states in the order of the training sentences."""
+    order = by_length(data, "train")
+    with pooled_states(model) as pooled:
+        logits = [model(batch["input_ids"], batch["attention_mask"]).logits for batch in data.loader("train", order)]
+    back = torch.tensor(order).argsort()
+    return {"logits": torch.cat(logits)[back], "pooled": torch.cat(pooled)[back]}
+
+
+class Taught(TextClassification):
+    """The recipe's module with the loss that every compressed run shares.
+
+    L = (1 - ALPHA) cross entropy + ALPHA T^2 KL(teacher || student) at temperature T
+        + POOLED * mean squared difference of the pooled states
+    """
+
+    teacher: list[Teacher]  # in a list: no sub-module, neither trained nor saved nor moved
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        with pooled_states(self.model) as pooled:
+            logits = self.model(ids, mask).logits
+        answer, state = self.teacher[0](ids, mask)
+        task = nn.functional.cross_entropy(logits, batch["labels"])
+        return (
+            (1 - ALPHA) * task
+            + ALPHA * logits_kl(logits, answer, TEMPERATURE)
+            + POOLED * ((pooled[0] - state).square().mean())
+        )
 
 
 def by_length(data: TextData, split: str) -> list[int]:
@@ -150,23 +186,29 @@ def by_length(data: TextData, split: str) -> list[int]:
 # Costs and accuracy
 
 
-def macs_of(model: nn.Module, tokens: Tensor, behind: Tensor | None = None) -> Tensor:
-    """MACs of the encoder layers: projections, products with all keys, and the FFN.
+def attention_macs(layer: nn.Module, tokens: Tensor) -> Tensor:
+    """MACs of the projections and of the products with all keys, for examples of so many tokens."""
+    query, tokens = layer.attention.self.query, tokens.double()
+    return 2 * query.out_features * tokens.square() + 4 * query.in_features * query.out_features * tokens
+
+
+def ffn_macs(layer: nn.Module) -> int:
+    """MACs of the FFN for a token."""
+    return 2 * layer.intermediate.dense.in_features * layer.intermediate.dense.out_features
+
+
+def macs_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """MACs of the encoder layers for each example; into the FFN of a layer go the tokens that enter the next layer.
 
     Args:
         model: the classifier.
         tokens: those that enter each layer, (layers, examples), or (examples,) for all layers.
-        behind: those that go through its FFN; by default those that enter the next layer.
     """
     layers = list(model.encoder.encoder.layer)
-    tokens = tokens.double().expand(len(layers), -1) if tokens.dim() == 1 else tokens.double()
-    behind = torch.cat([tokens[1:], tokens[-1:]]) if behind is None else behind.double()
-    total = torch.zeros(tokens.shape[1], dtype=torch.float64)
-    for layer, entering, going in zip(layers, tokens, behind, strict=True):
-        query, inner = layer.attention.self.query, layer.intermediate.dense
-        total += 2 * query.out_features * entering.square() + 4 * query.in_features * query.out_features * entering
-        total += 2 * inner.in_features * inner.out_features * going
-    return total
+    tokens = tokens.double().expand(len(layers), -1)
+    behind = torch.cat([tokens[1:], tokens[-1:]])
+    parts = zip(layers, tokens, behind, strict=True)
+    return torch.stack([attention_macs(layer, n) + ffn_macs(layer) * went for layer, n, went in parts]).sum(0)
 
 
 def evaluate(model: nn.Module, data: TextData) -> dict[str, Any]:
@@ -256,11 +298,11 @@ def train(run: Run, folder: str) -> dict[str, Any]:
     if not run.dense_weights.is_file():
         raise SystemExit(f"{run.name} starts from dense weights: make {run.dense_weights.name} first (see --help).")
     data = text_data(run.dataset, folder, run.seed)
-    teacher = RememberedLogits(run, data)
-    module = sst2.new_module(lr=RATE, weights=run.dense_weights)
-    distillation = Distillation(alpha=ALPHA, temperature=TEMPERATURE, teacher=teacher, module="model")
+    module = sst2.new_module(Taught, lr=RATE, weights=run.dense_weights)
+    module.teacher = [Teacher(run, data)]
+    module.model.encoder.embeddings.requires_grad_(False)  # half of the weights, and the least to learn
     callback = TokenPruning(macs=run.macs, module="model", **SETTINGS[run.method])
-    seconds = fit(module, data, [callback, distillation], max_epochs=EPOCHS)
+    seconds = fit(module, data, [callback], max_epochs=EPOCHS)
     assert callback.policy is not None
     return evaluate(module.model, data) | {"policy": callback.policy.state(), "seconds": seconds}
 
@@ -469,18 +511,26 @@ def executed(model: nn.Module, call: Call) -> tuple[float, float, list[float]]:
     """MACs of the layers for the tokens that take part, MACs for all slots that are computed, and slots per row."""
     layers = list(model.encoder.encoder.layer)
     slots: list[list[int]] = [[] for _ in layers]  # rows may be computed in several groups
+    through = [0] * len(layers)
 
     def noted(number: int) -> Any:
         return lambda _, args: slots[number].extend([args[0].shape[1]] * args[0].shape[0])
 
+    def went(number: int) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            through[number] += args[0].shape[0] * args[0].shape[1]
+
+        return hook
+
     handles = [layer.attention.self.register_forward_pre_hook(noted(n)) for n, layer in enumerate(layers)]
+    handles += [layer.intermediate.dense.register_forward_pre_hook(went(n)) for n, layer in enumerate(layers)]
     model(**call)
     for handle in handles:
         handle.remove()
     entered, _ = tokens_of_last_forward(model, call["attention_mask"])
-    real = sum(float(macs_of(layer, tokens).sum()) for layer, tokens in zip(layers, entered, strict=True))
-    computed = sum(float(macs_of(layer, torch.tensor(rows)).sum()) for layer, rows in zip(layers, slots, strict=True))
-    return real, computed, [mean(rows) for rows in slots]
+    computed = sum(float(attention_macs(layer, torch.tensor(n)).sum()) for layer, n in zip(layers, slots, strict=True))
+    computed += sum(ffn_macs(layer) * tokens for layer, tokens in zip(layers, through, strict=True))
+    return float(macs_of(model, entered).sum()), computed, [mean(rows) for rows in slots]
 
 
 def with_tokens(model: nn.Module, calls: list[Call], macs: float) -> None:
@@ -496,8 +546,7 @@ def with_tokens(model: nn.Module, calls: list[Call], macs: float) -> None:
         for call in calls:
             model(**call)
             entered, real = tokens_of_last_forward(model, call["attention_mask"])
-            for layer, tokens in zip(model.encoder.encoder.layer, entered, strict=True):
-                kept, whole = kept + float(macs_of(layer, tokens).sum()), whole + float(macs_of(layer, real).sum())
+            kept, whole = kept + float(macs_of(model, entered).sum()), whole + float(macs_of(model, real).sum())
         return kept / whole
 
     final, _ = bisect_shift(measured, macs, 0.0, 5.0)

@@ -62,7 +62,7 @@ class LayerCosts:
             tuple(x for part in parts for x in part.a),
             tuple(x for part in parts for x in part.b),
             tuple(x for part in parts for x in part.c),
-            tuple(x for part in parts for x in part.tail or (0.0,) * len(part.a)),
+            tuple(x for part in parts for x in part.tail or (0.0,) * len(part.a)) if any(p.tail for p in parts) else (),
         )
 
     def macs(self, counts: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 pytest.importorskip("transformers", reason="needs the extra `hf`")
 
 from benchmarks import sst2, tokens
+from lightning_compress.tokens.proof import prove_tokens
+from lightning_compress.tokens.stack_costs import stack_costs
 from recipes.text_classification import read_folder
 
 pytestmark = [
@@ -30,7 +32,7 @@ def data(pretrained: Path, sentences: Path, tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr(tokens, name, tmp_path / name)
         monkeypatch.setattr(sst2, name, tmp_path / f"{name}-sst2")
     monkeypatch.setattr(tokens, "PICTURE", tmp_path / "pictures" / "tokens.png")
-    monkeypatch.setattr(tokens, "DENSE_EPOCHS", 1)
+    monkeypatch.setattr(tokens, "DENSE", dict.fromkeys(tokens.DATASETS, (1, 1e-4)))
     shutil.copytree(sentences, tmp_path / "data" / "sst2")
     (tmp_path / "data" / "mrpc").mkdir()
     for split, (texts, labels) in read_folder(sentences).items():
@@ -48,10 +50,23 @@ def test_names_and_commands() -> None:
 
 
 def test_macs_are_those_of_the_shapes(data: str) -> None:
-    layer = sst2.new_module().model.encoder.encoder.layer[0]
-    width, inner = 16, 32
-    expected = [n * (4 * width * width + 2 * n * width + 2 * width * inner) for n in (3, 7)]
-    assert tokens.macs_of(layer, torch.tensor([3, 7])).tolist() == expected
+    model, width, inner = sst2.new_module().model, 16, 32
+
+    def macs(n: int, behind: int) -> int:
+        return n * (4 * width * width + 2 * n * width) + behind * 2 * width * inner
+
+    assert tokens.macs_of(model, torch.tensor([3, 7])).tolist() == [2 * macs(3, 3), 2 * macs(7, 7)]
+    entering = torch.tensor([[3, 7], [2, 5]])
+    assert tokens.macs_of(model, entering).tolist() == [macs(3, 2) + macs(2, 2), macs(7, 5) + macs(5, 5)]
+
+
+def test_the_library_counts_the_same_macs(data: str) -> None:
+    model = sst2.new_module().model.eval()
+    call = {"input_ids": torch.randint(5, 20, (2, 8)), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    proof = prove_tokens(model, (), call)
+    costs = stack_costs(model, (), call, proof.stack)
+    entering = torch.tensor([[3, 7], [2, 5]])
+    assert torch.equal(costs.macs(entering.double()).sum(0), tokens.macs_of(model, entering))
 
 
 def test_f1() -> None:
@@ -89,13 +104,14 @@ def test_the_picture_is_drawn(data: str) -> None:
     assert tokens.PICTURE.stat().st_size > 1000
 
 
-def test_remembered_logits_are_those_of_the_model(data: str) -> None:
+def test_the_answers_of_the_teacher_are_those_of_the_model(data: str) -> None:
     run = tokens.Run("mrpc", "dense", 0)
     tokens.single(run, data)
     pairs = tokens.text_data("mrpc", data, 0)
-    teacher = tokens.RememberedLogits(run, pairs)
+    teacher = tokens.Teacher(run, pairs)
     model = sst2.new_module(weights=run.dense_weights).model.eval()
     for batch in pairs.train_dataloader():
         call = batch["input_ids"], batch["attention_mask"]
-        with torch.no_grad():
-            torch.testing.assert_close(teacher(*call), model(*call).logits, rtol=1e-4, atol=1e-5)
+        with torch.no_grad(), tokens.pooled_states(model) as pooled:
+            logits = model(*call).logits
+        torch.testing.assert_close(teacher(*call), (logits, pooled[0]), rtol=1e-4, atol=1e-5)
