@@ -124,8 +124,8 @@ class Thresholds:
         _check(self.layers, layer, scores, active, real, protected, min_keep)
         reached = scores >= self.values[layer]
         keep = (reached if protected is None else reached | protected) & active
-        if not scores.shape[1]:
-            return keep
+        if not scores.shape[1] or (min_keep == 1 and keep.device.type == "cpu" and bool(keep.any(1).all())):
+            return keep  # hardly ever is a row without a token that stays, and a look at the values costs nothing here
         rest = scores.masked_fill(~active | keep if min_keep > 1 else ~active, -inf)
         if min_keep == 1:
             # where nothing is kept, the best-scored token is

@@ -38,6 +38,7 @@ from lightning_compress.report import TokenSummary
 from lightning_compress.token_policies import KeepAll, Thresholds, TokenPolicy
 from lightning_compress.tokens.costs import LayerCosts
 from lightning_compress.tokens.distribution import TokenDistribution
+from lightning_compress.tokens.observation import ScoreObserver, ScoreSpread
 from lightning_compress.tokens.proof import prove_tokens
 from lightning_compress.tokens.runtime import SoftPruning, TokenCounts, TokenRuntime, install_tokens, remove_tokens
 from lightning_compress.tokens.stack_costs import stack_costs
@@ -248,7 +249,7 @@ class TokenPruning(Callback):
             position = self._position()
             self._runtime.soft = SoftPruning(
                 self._learner.thresholds,
-                self.schedule.temperature_at(position),
+                self.schedule.temperature_at(position) * self._learner.scales,
                 self.schedule.straight_through_at(position),
                 cumulative=self.mode == "recommended",
             )
@@ -448,18 +449,33 @@ class TokenPruning(Callback):
             self._prove(pl_module)
         assert self._setup is not None and session.traced is not None
         decisions = len(self._setup.stack.layers) - 1
-        policy: TokenPolicy = KeepAll()
-        if self.method == "learned":
-            self._learner = ThresholdLearner(self.schedule.first_thresholds(decisions), pl_module.device)
-            policy = Thresholds(self._learner.values)
         setup = self._setup
         self._runtime = install_tokens(
-            session.traced, TokenRuntime(setup.stack, policy, setup.protected, self.min_keep, setup.scatter)
+            session.traced, TokenRuntime(setup.stack, KeepAll(), setup.protected, self.min_keep, setup.scatter)
         )
+        if self.method == "learned":
+            values, scales = self.schedule.first_thresholds(self._observe(trainer, decisions))
+            self._learner = ThresholdLearner(values, pl_module.device, scales)
+            self._runtime.policy = Thresholds(self._learner.values)
         self._stage = "soft" if self.method == "learned" else "hard"
         self._runtime.train_mode = "soft" if self._stage == "soft" else "gather"
         if self._stage == "hard":
             self._calibrate(trainer, pl_module)
+
+    def _observe(self, trainer: pl.Trainer, decisions: int) -> list[ScoreSpread]:
+        """How far the scores of each layer are apart, on the last batches."""
+        session, runtime = self._joined(), self._runtime
+        assert runtime is not None and session.traced is not None and self._setup is not None
+        runtime.policy = observer = ScoreObserver(decisions)
+        context, calls = trainer.precision_plugin.forward_context(), self._measured_calls()
+        if calls:
+            measure_tokens(session.traced, runtime, calls, self._setup.costs, session.processes, context)
+        found = session.processes.mean("average the spread of scores", observer.spreads())
+        return [ScoreSpread(*row) for row in found.tolist()]
+
+    def _measured_calls(self) -> list[TokenCall]:
+        session = self._joined()
+        return list(self._calls) or ([TokenCall(session.batch)] if session.batch is not None else [])
 
     def _harden(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Calibrate the thresholds and fix them; from now on tokens leave in training, too."""
@@ -481,7 +497,7 @@ class TokenPruning(Callback):
         session, runtime = self._joined(), self._runtime
         assert runtime is not None and session.traced is not None and self._setup is not None
         traced, costs = session.traced, self._setup.costs
-        calls = list(self._calls) or ([TokenCall(session.batch)] if session.batch is not None else [])
+        calls = self._measured_calls()
         if not self._window(2 * KEPT):
             self._calls.clear()
         if not calls:
@@ -515,7 +531,8 @@ class TokenPruning(Callback):
         if self.method == "linear":
             return meet(measure, ramped(layers), 1.0, 0.25, macs)
         assert isinstance(before, Thresholds)
-        return meet(measure, shifted(before.values), 0.0, 0.02, macs)
+        scales = (1.0,) * len(before.values) if self._learner is None else self._learner.scales.tolist()
+        return meet(measure, shifted(before.values, scales), 0.0, 0.02, macs)
 
     # Steps
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lightning_compress.token_scores import from_padded_scale, linear_ramp
+from lightning_compress.tokens.observation import ScoreSpread
 
 Mode = Literal["recommended", "faithful"]
 
@@ -16,8 +18,9 @@ PAPER_LEARNING_RATE = 2e-5
 PAPER_FINAL_THRESHOLD = 0.01
 PAPER_STRENGTH = 0.1
 
-TRAVEL = 4.0  # how far a threshold must be able to go in the soft stage
+TRAVEL = 8.0  # how far a threshold must be able to go in the soft stage, in scales
 LEARNING_RATE = 1e-2
+BELOW = 4.0  # so many scales below the median score of its layer a threshold begins
 LAST_PART = 2 / 3  # from here on the target is met, and decisions are hard in the forward pass
 WHOLE = -1e4  # a threshold that no score lies below
 
@@ -28,7 +31,8 @@ class SoftSchedule:
 
     Args:
         mode: "recommended" or "faithful", as published.
-        temperature: first and last temperature, in units of the mean score; by the mode if None.
+        temperature: first and last temperature, in units of the spread of the scores of a layer; "faithful": of the
+            mean score. By the mode if None.
         learning_rate: of the thresholds, in the same units; by the mode if None.
     """
 
@@ -43,7 +47,7 @@ class SoftSchedule:
         elif self.mode == "faithful":
             first = last = from_padded_scale(PAPER_TEMPERATURE, PADDED_LENGTH)
         else:
-            first, last = 0.3, 0.03
+            first, last = 1.0, 0.1
         return first * (last / first) ** min(1.0, max(0.0, position))
 
     def straight_through_at(self, position: float) -> bool:
@@ -67,14 +71,18 @@ class SoftSchedule:
             return rate * max(0.0, 1 - position)
         return self.learning_rate if self.learning_rate is not None else max(LEARNING_RATE, TRAVEL / max(1.0, steps))
 
-    def first_thresholds(self, decisions: int) -> tuple[float, ...]:
-        """Thresholds at the begin, one after each layer but the last: the published ramp.
+    def first_thresholds(self, spreads: Sequence[ScoreSpread]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Thresholds at the begin, one after each layer but the last, and their scales.
 
-        From one number for all layers the first ones would come to take everything: what they take counts most.
-        As published the first layer lets every token through, whatever its threshold becomes.
+        Deep layers give most of their attention to a few tokens, so that the scores of all others are small and alike:
+        a temperature and a threshold in units of the mean would take all of them or none. So both are in units of the
+        spread of the layer's own scores, and begin where hardly any token is touched. As published they are a ramp, and
+        the first layer lets every token through, whatever its threshold becomes.
         """
-        ramp = linear_ramp(from_padded_scale(PAPER_FINAL_THRESHOLD, PADDED_LENGTH), decisions + 1)[:decisions]
-        return (WHOLE, *ramp[1:]) if self.mode == "faithful" else ramp
+        if self.mode == "recommended":
+            return tuple(s.median - BELOW * s.spread for s in spreads), tuple(s.spread for s in spreads)
+        ramp = linear_ramp(from_padded_scale(PAPER_FINAL_THRESHOLD, PADDED_LENGTH), len(spreads) + 1)[: len(spreads)]
+        return (WHOLE, *ramp[1:]), (1.0,) * len(spreads)
 
 
 __all__ = [

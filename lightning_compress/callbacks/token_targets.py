@@ -18,9 +18,9 @@ FAR = 100.0  # steps end here
 FLOOR = 0.01
 
 
-def shifted(thresholds: Sequence[float]) -> Family:
-    """All thresholds moved by one number."""
-    return lambda shift: Thresholds(tuple(t + shift for t in thresholds))
+def shifted(thresholds: Sequence[float], scales: Sequence[float]) -> Family:
+    """All thresholds moved by one number of their scales."""
+    return lambda shift: Thresholds(tuple(t + shift * c for t, c in zip(thresholds, scales, strict=True)))
 
 
 def ramped(layers: int) -> Family:

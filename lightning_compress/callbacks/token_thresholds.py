@@ -19,24 +19,36 @@ MULTIPLIER_STEP = 1.0
 class ThresholdLearner:
     r"""One scalar per decision, learned beside the weights: never decayed, never clipped with them.
 
+    What is learned is by how many scales a threshold has gone from its first value: :math:`\theta_l = \theta_l^0 + c_l
+    p_l` with :math:`p_l = 0` at first, so that one learning rate fits layers whose scores differ much or little.
+
     A budget is kept by the augmented Lagrangian :math:`\mu (r - t) + \frac\rho2 (r - t)^2` with the expected relative
     cost r, the target t, and a multiplier :math:`\mu` that grows by :math:`r - t` in every step.
 
     Args:
-        values: the first thresholds.
+        values: the first thresholds, :math:`\theta^0`.
         device: where they live.
+        scales: :math:`c`, positive; by default 1.
 
     Attributes:
-        thresholds: the parameter.
+        offsets: the parameter :math:`p`.
         multiplier: :math:`\mu`.
     """
 
-    def __init__(self, values: Sequence[float], device: torch.device) -> None:
-        self.thresholds = nn.Parameter(torch.tensor(tuple(values), dtype=torch.float32, device=device))
-        self.optimizer = torch.optim.Adam([self.thresholds])
+    def __init__(self, values: Sequence[float], device: torch.device, scales: Sequence[float] | None = None) -> None:
+        self.first = torch.tensor(tuple(values), dtype=torch.float32, device=device)
+        self.scales = torch.ones_like(self.first) if scales is None else self.first.new_tensor(tuple(scales))
+        self.offsets = nn.Parameter(torch.zeros_like(self.first))
+        self.optimizer = torch.optim.Adam([self.offsets])
         self.multiplier = 0.0
         self._misses: list[Tensor] = []
         self._ready: list[float] | None = None
+
+    @property
+    def thresholds(self) -> Tensor:
+        """The thresholds, with gradients to ``offsets``."""
+        with torch.enable_grad():
+            return self.first + self.scales * self.offsets
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -56,13 +68,13 @@ class ThresholdLearner:
             processes: those of the fit; all of them call this.
             scale: by which a gradient scaler has multiplied the loss.
         """
-        gradient = self.thresholds.grad
-        own = torch.zeros_like(self.thresholds) if gradient is None else gradient / scale
+        gradient = self.offsets.grad
+        own = torch.zeros_like(self.first) if gradient is None else gradient / scale
         misses = torch.stack(self._misses) if self._misses else own.new_zeros(0)
         # one small message: the gradients, the sum of the misses and their number
         message = torch.cat([own, misses.sum().reshape(1).float(), own.new_full((1,), float(len(misses)))])
         self._ready = processes.mean("average gradients of thresholds", message).tolist()
-        self.thresholds.grad = None
+        self.offsets.grad = None
         self._misses.clear()
 
     def step(self, learning_rate: float) -> None:
@@ -73,10 +85,10 @@ class ThresholdLearner:
         self._ready = None
         if not all(math.isfinite(g) for g in gradient):
             return
-        self.thresholds.grad = torch.tensor(gradient, device=self.thresholds.device)
+        self.offsets.grad = torch.tensor(gradient, device=self.offsets.device)
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
-        self.thresholds.grad = None
+        self.offsets.grad = None
         if number and math.isfinite(miss):
             self.multiplier += MULTIPLIER_STEP * miss / number
 
@@ -86,9 +98,11 @@ class ThresholdLearner:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed fit needs."""
-        gradient = self.thresholds.grad
+        gradient = self.offsets.grad
         return {
-            "thresholds": self.thresholds.detach().clone(),
+            "first": self.first.clone(),
+            "scales": self.scales.clone(),
+            "offsets": self.offsets.detach().clone(),
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "multiplier": self.multiplier,
             "gradient": None if gradient is None else gradient.clone(),
@@ -98,11 +112,13 @@ class ThresholdLearner:
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device) -> ThresholdLearner:
         """What ``state_dict`` has described."""
-        learner = cls(state["thresholds"].tolist(), device)
+        learner = cls(state["first"].tolist(), device, state["scales"].tolist())
+        with torch.no_grad():
+            learner.offsets.copy_(state["offsets"])
         learner.optimizer.load_state_dict(state["optimizer"])
         learner.multiplier = state["multiplier"]
         if state["gradient"] is not None:
-            learner.thresholds.grad = state["gradient"].to(device)
+            learner.offsets.grad = state["gradient"].to(device)
         learner._misses = [torch.tensor(m, device=device) for m in state["misses"]]
         return learner
 

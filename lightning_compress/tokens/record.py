@@ -13,7 +13,7 @@ from lightning_compress.tokens.runtime import TokenRuntime, install_tokens, toke
 from lightning_compress.tokens.stack import TokenStack, TokenTail
 
 MOST_CALLS, MOST_DIMS, LARGEST = 100_000, 8, 2**31
-KEYS = ("owner", "layers", "state", "dims", "tokens", "width", "tail")
+KEYS = ("owner", "layers", "state", "dims", "tokens", "width", "tail", "attention")
 TAIL = ("first", "last", "base")
 
 
@@ -74,6 +74,7 @@ def _state(runtime: TokenRuntime) -> dict[str, Any]:
             "tokens": stack.tokens,
             "width": stack.width,
             "tail": None if stack.tail is None else asdict(stack.tail),
+            "attention": stack.attention,
         },
         "policy": runtime.policy.state(),
         "protected": list(runtime.protected),
@@ -122,6 +123,7 @@ def _runtime(value: object, path: str) -> TokenRuntime:
             read.integer(stack["tokens"], f"{where}.tokens", 1, LARGEST),
             read.integer(stack["width"], f"{where}.width", 1, LARGEST),
             None if stack["tail"] is None else _tail(read, stack["tail"], f"{where}.tail"),
+            read.string(stack["attention"], f"{where}.attention"),
         ),
         policy_from(data["policy"], f"{path}.policy"),
         protected=tuple(read.integer(item, at, -LARGEST, LARGEST) for at, item in protected),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -64,13 +65,13 @@ class SoftPruning:
 
     Attributes:
         thresholds: one scalar per decision, in units of the mean score.
-        temperature: T, in the same units.
+        temperature: T, in the same units; a tensor has one for each decision.
         straight_through: whether the forward takes the hard decision and only the backward the soft one.
         cumulative: see above.
     """
 
     thresholds: Tensor
-    temperature: float = 0.1
+    temperature: float | Tensor = 0.1
     straight_through: bool = False
     cumulative: bool = True
 
@@ -405,7 +406,8 @@ class TokenRuntime:
         )
         state.call = decided = _Call(state.layer - 1, ask.scores, tap, rows, hidden.shape[1])
         try:
-            with tap:
+            # a mode costs time in every operation under it: it is on for the attention alone where that has a module
+            with nullcontext() if self.stack.attention else tap:
                 output = original(*args, **kwargs)
         finally:
             state.call = None
@@ -419,6 +421,14 @@ class TokenRuntime:
                 f"{type(output).__name__ if new is None else tuple(new.shape)}."
             )
         return output, heard, decided
+
+    def run_attention(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward of the module that computes the attention of a layer."""
+        state = self._forward
+        if state is None or state.call is None:
+            return original(*args, **kwargs)
+        with state.call.tap:
+            return original(*args, **kwargs)
 
     # The tail of a layer
 
@@ -610,7 +620,8 @@ class TokenRuntime:
         """The mask after a decision, and its logarithm if keys are to be masked with it, both (batch, tokens)."""
         soft = self.soft
         assert soft is not None
-        logits = (scores.float() - soft.thresholds[number].float()) / soft.temperature
+        temperature = soft.temperature[number] if isinstance(soft.temperature, Tensor) else soft.temperature
+        logits = (scores.float() - soft.thresholds[number].float()) / temperature
         if state.protected is not None:
             logits = logits.masked_fill(state.protected, SURELY)
         mask, log_mask = torch.sigmoid(logits), nn.functional.logsigmoid(logits)
@@ -759,6 +770,11 @@ class _LayerForward(_Forwarded):
         return self.runtime.run_layer(self.original(), self.name, args, kwargs)
 
 
+class _AttentionForward(_Forwarded):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.runtime.run_attention(self.original(), args, kwargs)
+
+
 class _TailForward(_Forwarded):
     ends: tuple[bool, bool] = (False, False)
 
@@ -792,7 +808,8 @@ def install_tokens(model: nn.Module, runtime: TokenRuntime) -> TokenRuntime:
     modules = dict(model.named_modules())
     distinct = tuple(dict.fromkeys(runtime.stack.layers))
     tails = {path: ends for layer in distinct for path, *ends in tail_names(runtime.stack, layer)}
-    wanted = [runtime.stack.owner, *distinct, *tails]
+    attention = [f"{layer}.{runtime.stack.attention}" for layer in distinct] if runtime.stack.attention else []
+    wanted = [runtime.stack.owner, *distinct, *attention, *tails]
     missing = [name for name in wanted if name not in modules]
     if missing:
         raise TokenPruningError(
@@ -810,6 +827,8 @@ def install_tokens(model: nn.Module, runtime: TokenRuntime) -> TokenRuntime:
     for name in distinct:
         layer = modules[name]
         _replace(_LayerForward(runtime, layer, name, vars(layer).get("forward")))
+    for name in attention:
+        _replace(_AttentionForward(runtime, modules[name], name, vars(modules[name]).get("forward")))
     for name, (begins, ends) in tails.items():
         part = modules[name]
         forward = _TailForward(runtime, part, name, vars(part).get("forward"))

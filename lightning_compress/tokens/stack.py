@@ -50,6 +50,7 @@ class TokenStack:
         tokens: number of tokens in the example.
         width: width of the hidden state.
         tail: what tokens skip in the layer that decides against them; None if they leave after it.
+        attention: path of the sub-module that computes the attention, from the layer; "" for the layer itself.
     """
 
     owner: str
@@ -59,6 +60,7 @@ class TokenStack:
     tokens: int
     width: int
     tail: TokenTail | None = None
+    attention: str = ""
 
 
 @dataclass(eq=False)
@@ -210,7 +212,24 @@ def stack_of(calls: list[LayerCall]) -> TokenStack:
                     "padding mask (batch, tokens)."
                 )
             dims[path] = found
-    return TokenStack(owner.name, tuple(c.name for c in chain), chain[0].state, dims, int(tokens), int(width))
+    names, attention = tuple(c.name for c in chain), {_attention(calls, layer) for layer in chain}
+    return TokenStack(
+        owner.name,
+        names,
+        chain[0].state,
+        dims,
+        int(tokens),
+        int(width),
+        attention=attention.pop() if len(attention) == 1 else "",
+    )
+
+
+def _attention(calls: list[LayerCall], layer: LayerCall) -> str:
+    """Path of the innermost call with the attention of a layer, from the layer."""
+    inside = layer
+    while len(inner := [call for call in calls if call.parent is inside and call.attention]) == 1:
+        inside = inner[0]
+    return inside.name.removeprefix(layer.name).removeprefix(".")
 
 
 def token_dims(value: Tensor, batch: int, tokens: int) -> tuple[int, ...]:

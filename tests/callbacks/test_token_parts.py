@@ -1,8 +1,10 @@
 """The parts of token pruning in a fit, one by one: schedule, thresholds, targets, recent calls, the wrapped step."""
 
+from statistics import NormalDist
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 
@@ -13,19 +15,23 @@ from lightning_compress.callbacks.token_targets import cascade, meet, ramped, sh
 from lightning_compress.callbacks.token_thresholds import ThresholdLearner
 from lightning_compress.callbacks.training_step import with_loss, wrap_training_step
 from lightning_compress.token_policies import Thresholds, TokenPolicy, TopK
+from lightning_compress.tokens.observation import ScoreObserver, ScoreSpread
 
 CPU = torch.device("cpu")
+SPREADS = [ScoreSpread(0.8, 0.4), ScoreSpread(0.25, 0.1), ScoreSpread(1.0, 1.0)]
 
 
 def test_the_recommended_schedule() -> None:
     schedule = SoftSchedule("recommended")
-    assert [schedule.temperature_at(p) for p in (0, 0.5, 1)] == pytest.approx([0.3, 0.0949, 0.03], rel=1e-3)
+    assert [schedule.temperature_at(p) for p in (0, 0.5, 1)] == pytest.approx([1.0, 0.316, 0.1], rel=1e-3)
     assert [schedule.straight_through_at(p) for p in (0, 0.6, 0.7)] == [False, False, True]
     assert [schedule.target_at(p, 0.4) for p in (0, 1 / 3, 2 / 3, 1)] == pytest.approx([1, 0.7, 0.4, 0.4])
     assert schedule.learning_rate_at(0.9, steps=10_000) == 0.01
-    assert schedule.learning_rate_at(0.9, steps=40) == 0.1  # so that thresholds get anywhere
+    assert schedule.learning_rate_at(0.9, steps=80) == 0.1  # so that thresholds get anywhere
     assert SoftSchedule("recommended", learning_rate=0.5).learning_rate_at(0.1, steps=40) == 0.5
-    assert schedule.first_thresholds(3) == pytest.approx((0, 0.32, 0.64))
+    # four spreads below the median, where a mask is 0.98
+    values, scales = schedule.first_thresholds(SPREADS)
+    assert values == pytest.approx((-0.8, -0.15, -3.0)) and scales == (0.4, 0.1, 1.0)
 
 
 def test_the_published_schedule() -> None:
@@ -33,7 +39,31 @@ def test_the_published_schedule() -> None:
     assert schedule.temperature_at(0.1) == schedule.temperature_at(0.9) == pytest.approx(0.128)
     assert not schedule.straight_through_at(1.0)
     assert schedule.learning_rate_at(0.75, steps=7) == pytest.approx(2e-5 * 128 / 4)
-    assert schedule.first_thresholds(3) == pytest.approx((-1e4, 0.32, 0.64))
+    values, scales = schedule.first_thresholds(SPREADS)
+    assert values == pytest.approx((-1e4, 0.32, 0.64)) and scales == (1, 1, 1)
+
+
+def test_median_and_spread_are_those_of_tokens_that_may_leave() -> None:
+    observer = ScoreObserver(2)
+    scores = torch.tensor([[9.0, 0.2, 0.4, 0.6, 0.8, 1.0], [7.0, 0.3, 0.5, 0.7, 0.0, 0.0]])
+    active = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    first = torch.tensor([[True] + [False] * 5] * 2)
+    real = torch.tensor([6, 4])
+    assert torch.equal(observer.keep(0, scores, active, real, first, 1), active)
+    observer.keep(1, torch.full((2, 6), torch.nan), active, real, None, 1)
+    free = sorted([0.2, 0.4, 0.6, 0.8, 1.0, 0.3, 0.5, 0.7])
+    low, high = (np.quantile(free, q) for q in (0.25, 0.75))
+    normal = NormalDist().inv_cdf(0.75) - NormalDist().inv_cdf(0.25)
+    assert observer.spreads()[0].tolist() == pytest.approx([np.quantile(free, 0.5), (high - low) / normal], rel=1e-3)
+    assert observer.spreads()[1].tolist() == [1.0, 1e-3]  # nothing to be known
+
+
+def test_thresholds_move_in_their_scales() -> None:
+    learner = ThresholdLearner((1.0, 2.0), CPU, scales=(0.1, 10.0))
+    learner.thresholds.sum().backward()
+    learner.collect(Processes(), 1.0)
+    learner.step(0.5)
+    assert learner.values == pytest.approx((1 - 0.05, 2 - 5.0))
 
 
 def test_gradients_are_unscaled_and_steps_that_are_not_finite_are_left_out() -> None:
@@ -43,7 +73,7 @@ def test_gradients_are_unscaled_and_steps_that_are_not_finite_are_left_out() -> 
     assert learner._ready[:2] == [3.0, -1.0]
     learner.step(0.1)
     assert learner.values == pytest.approx((-0.1, 0.1))
-    assert learner.thresholds.grad is None
+    assert learner.offsets.grad is None
     learner.step(0.1)  # nothing collected since
     assert learner.values == pytest.approx((-0.1, 0.1))
     (learner.thresholds * torch.inf).sum().backward()
@@ -92,11 +122,13 @@ def macs_of(policy: TokenPolicy) -> float:
 
 
 def test_thresholds_are_shifted_together() -> None:
-    policy, cost = meet(macs_of, shifted((0.0, 1.0)), 0.0, 0.02, 0.5)
+    policy, cost = meet(macs_of, shifted((0.0, 1.0), (1.0, 1.0)), 0.0, 0.02, 0.5)
     assert isinstance(policy, Thresholds)
     assert policy.values[1] - policy.values[0] == pytest.approx(1.0)
     assert 0.497 <= cost <= 0.5
-    policy, cost = meet(macs_of, shifted((5.0, 9.0)), 0.0, 0.02, 0.8)  # back up
+    policy, cost = meet(macs_of, shifted((5.0, 9.0), (1.0, 2.0)), 0.0, 0.02, 0.8)  # back up, each in its own scale
+    assert isinstance(policy, Thresholds)
+    assert policy.values[1] - 9 == pytest.approx(2 * (policy.values[0] - 5))
     assert 0.797 <= cost <= 0.8
 
 
@@ -109,7 +141,7 @@ def test_a_ramp_ends_at_one_number() -> None:
 
 
 def test_a_target_out_of_reach_gives_the_cheapest() -> None:
-    policy, cost = meet(macs_of, shifted((0.0, -1e4)), 0.0, 0.02, 0.5)
+    policy, cost = meet(macs_of, shifted((0.0, -1e4), (1.0, 1.0)), 0.0, 0.02, 0.5)
     assert cost == pytest.approx(2 / 3, abs=1e-3)
     assert policy.values[0] > 50  # type: ignore[attr-defined]
 
