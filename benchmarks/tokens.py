@@ -61,7 +61,7 @@ from lightning_compress.token_scores import linear_ramp  # noqa: E402
 from lightning_compress.tokens import tap  # noqa: E402
 from lightning_compress.tokens.calibration import bisect_shift  # noqa: E402
 from lightning_compress.tokens.proof import prove_tokens  # noqa: E402
-from lightning_compress.tokens.runtime import TokenRuntime, install_tokens, token_runtime  # noqa: E402
+from lightning_compress.tokens.runtime import install_tokens, token_runtime  # noqa: E402
 from recipes.text_classification import TextClassification, TextData  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "tokens"
@@ -537,7 +537,7 @@ def with_tokens(model: nn.Module, calls: list[Call], macs: float) -> None:
     """Install thresholds that rise linearly, so high that this fraction of the MACs is left in the calls."""
     stack = prove_tokens(model, (), {name: tensor[:2] for name, tensor in calls[0].items()})
     ramp = linear_ramp(1.0, len(stack.stack.layers))[1:]
-    runtime = install_tokens(model, TokenRuntime(stack.stack, KeepAll(), scatter=stack.scatter))
+    runtime = install_tokens(model, stack.runtime(KeepAll()))
 
     @torch.inference_mode()
     def measured(final: float) -> float:

@@ -40,7 +40,15 @@ from lightning_compress.tokens.costs import LayerCosts
 from lightning_compress.tokens.distribution import TokenDistribution
 from lightning_compress.tokens.observation import ScoreObserver, ScoreSpread
 from lightning_compress.tokens.proof import prove_tokens
-from lightning_compress.tokens.runtime import SoftPruning, TokenCounts, TokenRuntime, install_tokens, remove_tokens
+from lightning_compress.tokens.runtime import (
+    FILLS,
+    Fill,
+    SoftPruning,
+    TokenCounts,
+    TokenRuntime,
+    install_tokens,
+    remove_tokens,
+)
 from lightning_compress.tokens.stack_costs import stack_costs
 
 Method = Literal["learned", "top_k", "linear"]
@@ -84,6 +92,9 @@ class TokenPruning(Callback):
         protected_mask: key under which batches, mappings then, have a bool mask (batch, tokens) of tokens that always
             stay.
         min_keep: so many tokens of an example stay at least.
+        fill: what tokens that left have behind the layers: "state", that with which they left; "mean", the mean of the
+            tokens that are left. Default: "mean" where nothing but the mean over all tokens is read, as in models of
+            sentence embeddings, else "state".
         module: dotted name of the sub-module whose tokens are pruned. Default: found from the first step.
 
     Attributes:
@@ -120,6 +131,7 @@ class TokenPruning(Callback):
         protected: Sequence[int] | None = None,
         protected_mask: str | None = None,
         min_keep: int = 1,
+        fill: Fill | None = None,
         module: str | None = None,
     ) -> None:
         _check(macs, strength, method, mode, start, hard_at, learning_rate, temperature, min_keep)
@@ -131,7 +143,10 @@ class TokenPruning(Callback):
         self.hard_at = hard_at
         self.protected = None if protected is None else tuple(protected)
         self.protected_mask = protected_mask
+        if fill not in (None, *FILLS):
+            raise ValueError(f"Expected fill to be None or one of {list(FILLS)}, but got {fill!r}.")
         self.min_keep = min_keep
+        self.fill = fill
         self.module = module
         self.schedule = SoftSchedule(mode, temperature, learning_rate)
         self._session: CompressionSession | None = None
@@ -433,7 +448,7 @@ class TokenPruning(Callback):
             if protected is None:
                 protected = tuple(sorted({0, *(found.read or ())}))
             costs = stack_costs(traced, example.args, example.kwargs, found.stack)
-            return TokenSetup(found.stack, protected, found.scatter, costs)
+            return TokenSetup(found.stack, protected, found.scatter, costs, self.fill or found.fill)
 
         # the proof holds the weights in float64 for a while, after which a reducer no longer hears of their gradients
         with plainly(pl_module), unwrapped(pl_module.trainer, pl_module):
@@ -451,7 +466,8 @@ class TokenPruning(Callback):
         decisions = len(self._setup.stack.layers) - 1
         setup = self._setup
         self._runtime = install_tokens(
-            session.traced, TokenRuntime(setup.stack, KeepAll(), setup.protected, self.min_keep, setup.scatter)
+            session.traced,
+            TokenRuntime(setup.stack, KeepAll(), setup.protected, self.min_keep, setup.scatter, fill=setup.fill),
         )
         if self.method == "learned":
             values, scales = self.schedule.first_thresholds(self._observe(trainer, decisions))

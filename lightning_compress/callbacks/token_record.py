@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_compress.tokens.costs import LayerCosts
 from lightning_compress.tokens.record import read_token_record, token_records
-from lightning_compress.tokens.runtime import TokenRuntime, remove_tokens
+from lightning_compress.tokens.runtime import Fill, TokenRuntime, remove_tokens
 from lightning_compress.tokens.stack import TokenStack
 
 OWNER = "TokenPruning"
@@ -25,12 +25,14 @@ class TokenSetup:
         protected: positions that always stay.
         scatter: whether more than protected tokens are read behind the layers.
         costs: of the layers.
+        fill: what tokens that left have behind them.
     """
 
     stack: TokenStack
     protected: tuple[int, ...]
     scatter: bool
     costs: LayerCosts
+    fill: Fill = "state"
 
 
 def runtime_state(traced: nn.Module, setup: TokenSetup) -> dict[str, Any]:
@@ -45,7 +47,7 @@ def install_state(traced: nn.Module, state: Mapping[str, Any]) -> tuple[TokenRun
     remove_tokens(traced)
     runtime = record.install(traced)
     costs = LayerCosts(**{name: tuple(values) for name, values in state["costs"].items()})
-    return runtime, TokenSetup(runtime.stack, runtime.protected, runtime.scatter, costs)
+    return runtime, TokenSetup(runtime.stack, runtime.protected, runtime.scatter, costs, runtime.fill)
 
 
 def runtimes_in(checkpoint: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -22,7 +22,7 @@ from lightning_compress.surgery.verify import Mismatch, Outputs, Rehearsal, diff
 from lightning_compress.token_policies import KeepAll, TokenPolicy
 from lightning_compress.tokens.arguments import output_state, with_state
 from lightning_compress.tokens.errors import TokenPruningError
-from lightning_compress.tokens.runtime import TokenRuntime, install_tokens, remove_tokens, token_runtime
+from lightning_compress.tokens.runtime import Fill, TokenRuntime, install_tokens, remove_tokens, token_runtime
 from lightning_compress.tokens.stack import TokenStack, TokenTail, record_calls, stack_of
 from lightning_compress.tokens.tail import find_tails
 
@@ -40,6 +40,8 @@ class ProvenTokens:
         stack: the layers, with the dims of arguments that run over tokens.
         scatter: whether what comes after the stack reads more than the protected tokens.
         read: positions of single tokens that what comes after the stack reads, None if it reads many.
+        pooled: whether what comes after the stack reads nothing but the mean over all real tokens. Tokens that left
+            have the mean of the others then, so that it is the mean of those that are left.
         protected: positions that stayed in the proof. Without scattering they must stay, because what comes after the
             stack finds them by their places.
         error: largest difference between gathering and masking, relative to max(1, largest output).
@@ -48,8 +50,14 @@ class ProvenTokens:
     stack: TokenStack
     scatter: bool
     read: tuple[int, ...] | None
+    pooled: bool
     protected: tuple[int, ...]
     error: float
+
+    @property
+    def fill(self) -> Fill:
+        """What tokens that left have behind the layers."""
+        return "mean" if self.pooled else "state"
 
     def runtime(self, policy: TokenPolicy, protected: tuple[int, ...] | None = None, **settings: Any) -> TokenRuntime:
         """A runtime for this stack that computes what was proven.
@@ -62,7 +70,9 @@ class ProvenTokens:
         """
         protected = self.protected if protected is None else tuple(protected)
         scatter = self.scatter or not set(self.protected) <= set(protected)
-        return TokenRuntime(self.stack, policy, **{"protected": protected, "scatter": scatter, **settings})
+        return TokenRuntime(
+            self.stack, policy, **{"protected": protected, "scatter": scatter, "fill": self.fill, **settings}
+        )
 
 
 def prove_tokens(
@@ -97,7 +107,7 @@ def prove_tokens(
             raise TokenPruningError(str(failure)) from failure
         trial = _Trial(rehearsal, model, args, kwargs, (0,) if protected is None else protected)
         trial.check_tap(stack, full)
-        read = trial.read(stack)
+        read, trial.pooled = trial.read(stack)
         if protected is None and read is not None:
             trial.protected = tuple(sorted({0, *read}))
         error, stack = trial.search(stack)
@@ -107,7 +117,7 @@ def prove_tokens(
             stack = replace(stack, tail=tail)
             error = max(error, trial.error(stack))
         scatter = not trial.bears(stack, scatter=False)
-    return ProvenTokens(stack, scatter, read, trial.protected, error)
+    return ProvenTokens(stack, scatter, read, trial.pooled, trial.protected, error)
 
 
 def _find(
@@ -139,11 +149,14 @@ class _Trial:
         protected: tuple[int, ...],
     ) -> None:
         self.rehearsal, self.model, self.args, self.kwargs, self.protected = rehearsal, model, args, kwargs, protected
+        self.pooled = False
+        self.real: Tensor | None = None  # bool (batch, tokens); None: all
 
     @contextmanager
     def installed(self, stack: TokenStack, mode: Any, scatter: bool = True) -> Iterator[TokenRuntime]:
         runtime = TokenRuntime(stack, KeepAll(), protected=self.protected, scatter=scatter, mode=mode)
         runtime.worthwhile, runtime.saving = 0.0, 1
+        runtime.fill = "mean" if self.pooled else "state"
         install_tokens(self.model, runtime)
         try:
             yield runtime
@@ -168,6 +181,7 @@ class _Trial:
             runtime.inspect = True
             outputs = self.rehearsal.run(self.model, self.args, self.kwargs)
         assert runtime.counts is not None
+        self.real = runtime.counts.present[0][1]
         longest = int(runtime.counts.real.max())
         if longest < SHORTEST:
             raise TokenPruningError(
@@ -248,8 +262,8 @@ class _Trial:
             "convolutions over tokens do not allow tokens to leave."
         )
 
-    def read(self, stack: TokenStack) -> tuple[int, ...] | None:
-        """Positions of single tokens that are read after the stack; None if many are."""
+    def read(self, stack: TokenStack) -> tuple[tuple[int, ...] | None, bool]:
+        """Positions of single tokens that are read after the stack, None if many are; whether only their mean is."""
         holder: list[Tensor] = []
         calls = itertools.count()
 
@@ -272,14 +286,27 @@ class _Trial:
                 generator = torch.Generator().manual_seed(0)
                 total_sum = sum((t * torch.rand(t.shape, generator=generator).to(t)).sum() for t in floating)
                 if not isinstance(total_sum, Tensor) or not holder:
-                    return None
+                    return None, False
                 gradient = torch.autograd.grad(total_sum, holder[0], allow_unused=True)[0]
         finally:
             handle.remove()
         if gradient is None:
-            return None
+            return None, False
         positions = (gradient.abs().amax((0, 2)) > 0).nonzero().flatten().tolist()
-        return tuple(positions) if len(positions) <= min(FEW, stack.tokens // 2) else None
+        if len(positions) <= min(FEW, stack.tokens // 2):
+            return tuple(positions), False
+        return None, self._is_mean(gradient)
+
+    def _is_mean(self, gradient: Tensor) -> bool:
+        """Whether the gradient (batch, tokens, width) is the same for all real tokens of a row, and zero for others."""
+        real = self.real
+        if real is None:
+            real = torch.ones(gradient.shape[:2], dtype=torch.bool, device=gradient.device)
+        if real.shape != gradient.shape[:2]:
+            return False
+        weights = real.unsqueeze(-1).to(gradient.dtype)
+        mean = (gradient * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+        return bool((gradient - mean * weights).abs().max() <= TOLERANCE * mean.abs().max())
 
 
 def _assignments(dims: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_compress.strict_json import StrictReader
 from lightning_compress.token_policies import policy_from
-from lightning_compress.tokens.runtime import TokenRuntime, install_tokens, token_runtime
+from lightning_compress.tokens.runtime import FILLS, TokenRuntime, install_tokens, token_runtime
 from lightning_compress.tokens.stack import TokenStack, TokenTail
 
 MOST_CALLS, MOST_DIMS, LARGEST = 100_000, 8, 2**31
@@ -80,6 +80,7 @@ def _state(runtime: TokenRuntime) -> dict[str, Any]:
         "protected": list(runtime.protected),
         "min_keep": runtime.min_keep,
         "scatter": runtime.scatter,
+        "fill": runtime.fill,
     }
 
 
@@ -98,7 +99,7 @@ def _is_argument(path: str) -> bool:
 
 def _runtime(value: object, path: str) -> TokenRuntime:
     read = StrictReader("token pruning record")
-    data = read.object(value, path, ("stack", "policy", "protected", "min_keep", "scatter"))
+    data = read.object(value, path, ("stack", "policy", "protected", "min_keep", "scatter", "fill"))
     stack = read.object(data["stack"], f"{path}.stack", KEYS)
     where = f"{path}.stack"
     layers = tuple(read.string(item, at) for at, item in read.items(stack["layers"], f"{where}.layers"))
@@ -129,6 +130,7 @@ def _runtime(value: object, path: str) -> TokenRuntime:
         protected=tuple(read.integer(item, at, -LARGEST, LARGEST) for at, item in protected),
         min_keep=read.integer(data["min_keep"], f"{path}.min_keep", 1, LARGEST),
         scatter=read.boolean(data["scatter"], f"{path}.scatter"),
+        fill="mean" if read.string(data["fill"], f"{path}.fill", FILLS) == "mean" else "state",
     )
 
 

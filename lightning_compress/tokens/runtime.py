@@ -3,7 +3,8 @@
 The forward of the owner of the stack and of every layer is replaced, on the instance, by one that carries the positions
 of the tokens that are left. After the attention of a layer, the policy decides. Tokens that do not stay skip the tail
 of that layer, its feed-forward part (`tail.py`), and from the next layer on the batch is repacked to the longest row
-that is left. At the end states are scattered back: a token that left has the state with which it left.
+that is left. At the end states are scattered back: a token that left has the state with which it left, or, where only
+the mean over all tokens is read, the mean of those that are left.
 
 Four modes: ``"off"`` (the model as it is), ``"gather"`` (tokens leave), ``"mask"`` (the same decisions with all tokens
 in place: no key sees a pruned token, and its state is frozen; what gathering is compared with), ``"soft"`` (in part
@@ -42,6 +43,8 @@ from lightning_compress.tokens.tap import AttentionTap, Heard, graph_recording
 
 Mode = Literal["off", "soft", "mask", "gather"]
 MODES: tuple[Mode, ...] = ("off", "soft", "mask", "gather")
+Fill = Literal["state", "mean"]
+FILLS: tuple[Fill, ...] = ("state", "mean")
 RUNTIME = "_token_runtime"
 WHOLE = ("output_attentions", "output_hidden_states")
 RECOMPUTED = (
@@ -173,6 +176,8 @@ class TokenRuntime:
         min_keep: so many tokens of a row stay at least.
         scatter: whether the states of all tokens are put together after the last layer; without it the owner sees only
             the tokens that are left, which is enough where only protected tokens are read.
+        fill: what tokens that left have after the last layer: "state", that with which they left; "mean", the mean of
+            the tokens that are left, so that the mean over all is the mean over those.
         mode: what a forward in evaluation mode does.
         train_mode: what a forward in training mode does.
         soft: settings for the mode "soft".
@@ -192,6 +197,7 @@ class TokenRuntime:
         scatter: bool = True,
         mode: Mode = "gather",
         train_mode: Mode | None = None,
+        fill: Fill = "state",
     ) -> None:
         if policy.layers not in (None, len(stack.layers) - 1):
             raise TokenPruningError(
@@ -204,12 +210,15 @@ class TokenRuntime:
             )
         if mode not in MODES or train_mode not in (None, *MODES):
             raise TokenPruningError(f"Expected a mode of {list(MODES)}, but got {mode!r} and {train_mode!r}.")
+        if fill not in FILLS:
+            raise TokenPruningError(f"Expected fill to be one of {list(FILLS)}, but got {fill!r}.")
         self.stack = stack
         self.policy = policy
         self.protected = tuple(protected)
         self.protected_mask: Tensor | None = None
         self.min_keep = min_keep
         self.scatter = scatter
+        self.fill: Fill = fill
         self.mode: Mode = mode
         self.train_mode: Mode = train_mode or mode
         self.soft: SoftPruning | None = None
@@ -603,7 +612,7 @@ class TokenRuntime:
         return self.policy.keep(call.number, scores, active, _real_count(state, heard, call), protected, self.min_keep)
 
     def _gathered(self, state: _Forward, packing: Repacking, hidden: Tensor) -> Tensor:
-        if state.scatter:
+        if state.scatter and self.fill == "state":
             state.stages.append((hidden, state.index, state.valid))
         state.index = packing.index if state.index is None else state.index.gather(1, packing.index)
         state.valid = state.shown = packing.valid
@@ -641,6 +650,8 @@ class TokenRuntime:
         self.counts = TokenCounts(
             torch.stack(state.entering), state.real_count(hidden), state.tokens, state.masks, state.present
         )
+        if self.fill == "mean" and state.scatter:
+            return self._with_mean(state, hidden)
         if not state.stages or state.index is None:
             return hidden
         full = state.stages[0][0]
@@ -648,6 +659,24 @@ class TokenRuntime:
             assert index is not None
             full = scatter_states(full, states, index, valid)
         return scatter_states(full, hidden, state.index, state.valid)
+
+    def _with_mean(self, state: _Forward, hidden: Tensor) -> Tensor:
+        """The states after the last layer, with their mean in the place of tokens that left."""
+        if state.mode == "soft":
+            stays = state.mask
+            if stays is not None and state.real is not None:
+                stays = stays * state.real
+        else:
+            stays = state.shown
+            if stays is None and state.index is not None:
+                stays = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        if stays is None:
+            return hidden
+        weights = stays.unsqueeze(-1).to(hidden.dtype)  # (batch, present, 1)
+        mean = (hidden * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)  # (batch, 1, width)
+        if state.index is None:
+            return mean + weights * (hidden - mean) if state.mode == "soft" else torch.where(weights > 0, hidden, mean)
+        return scatter_states(mean.expand(-1, state.tokens, -1), hidden, state.index, state.valid)
 
     def places_after_layers(self) -> dict[str, list[tuple[Tensor | None, Tensor | None]]]:
         """Where the tokens in the outputs of each layer, call by call, were in the last forward.
