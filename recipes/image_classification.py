@@ -14,7 +14,7 @@ Expected, with seed 0 (another processor rounds differently, and another seed mo
 Both fits together take under three minutes on two cores. With --epochs 50 --macs 0.36, fine-tuning was too short to be
 sure of the accuracy: between 0.2 and 1.3 points were lost, depending on seed and number of threads.
 
-    python recipes/image_classification.py --tokens   # after the removal tokens leave: 0.8 of the MACs of the layers stay
+    python recipes/image_classification.py --tokens  # after the removal tokens leave: 0.8 of the MACs of the layers
 
 prints what is left and draws which patches stay (digits_tokens.png). The layers have only 16 tokens, too few to promise
 speed: the time with all tokens stands beside the time with those that stay. The accuracy with 0.8 is not measured yet;
