@@ -7,6 +7,7 @@ import runpy
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ image_module = pytest.importorskip("PIL.Image", reason="needs the extra `recipes
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402 (after the skip)
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+from lightning_compress import token_runtime, tokens_off  # noqa: E402
 from recipes import image_classification as recipe  # noqa: E402
 
 pytestmark = [
@@ -225,7 +227,8 @@ def test_the_reported_macs_are_those_that_torch_counts(monkeypatch: pytest.Monke
         assert counter.get_total_flops() / 2 == macs
 
 
-def test_a_model_of_transformers_is_compressed(photographs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokens", [[], ["--tokens=0.8"]], ids=["structures", "and tokens"])
+def test_a_model_of_transformers_is_compressed(photographs: Path, tmp_path: Path, tokens: list[str]) -> None:
     transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, image_size=16, patch_size=8
@@ -240,9 +243,149 @@ def test_a_model_of_transformers_is_compressed(photographs: Path, tmp_path: Path
         "--batch_size=8",
         "--distill=0.5",
         "--start=0.2",
+        f"--picture={tmp_path / 'picture.png'}",
+        *tokens,
     )
     assert comparison["report"]["macs_kept"] == pytest.approx(0.5, abs=0.02)
     assert {s["kind"] for s in comparison["report"]["structures"]} == {"head", "ffn"}
+    assert ("tokens" in comparison) == (tmp_path / "picture.png").exists() == bool(tokens)
+
+
+# Tokens
+
+
+class Drawn(SimpleNamespace):
+    """What a run with `--tokens` came to: comparison, figure, file, modules, arguments and result of `tokens_left`."""
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    pytest.importorskip("matplotlib", reason="needs the extra `recipes`")
+    from matplotlib.figure import Figure
+
+    found = Drawn(file=tmp_path_factory.mktemp("tokens") / "folder" / "picture.png")
+    measure_latency, tokens_left, savefig = recipe.measure_latency, recipe.tokens_left, Figure.savefig
+
+    def measured(models: dict, *args: object, **kwargs: object) -> dict:
+        found.modules = models
+        return measure_latency(models, *args, **{**kwargs, "repeats": 1})
+
+    def left(*args: object) -> recipe.Tokens:
+        found.arguments, found.tokens = args, tokens_left(*args)
+        return found.tokens
+
+    def saved(figure: Figure, *args: object, **kwargs: object) -> None:
+        found.figure = figure
+        savefig(figure, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "measure_latency", measured)
+        patch.setattr(recipe, "tokens_left", left)
+        patch.setattr(Figure, "savefig", saved)
+        found.comparison = run("--epochs=3", "--depth=3", "--tokens=0.5", f"--picture={found.file}")
+    return found
+
+
+def test_the_layers_of_the_tokens_are_those_that_the_runtime_counted(drawn: Drawn) -> None:
+    _, test = recipe.read("digits", "", "", seed=0)
+    images = torch.stack([pixels for pixels, _ in recipe.Images(test, 8, "L")])
+    module = drawn.modules["compressed"].eval()
+    (runtime,) = filter(None, map(token_runtime, module.modules()))
+    layers = []
+    for batch in images.split(256):
+        with torch.no_grad():
+            module(batch)
+        rows = [[0] * 16 for _ in batch]
+        for positions, shown in runtime.counts.present:  # of each layer
+            for row in range(len(batch)):
+                for slot, token in enumerate(range(16) if positions is None else positions[row].tolist()):
+                    rows[row][token] += 1 if shown is None else int(shown[row, slot])
+        layers += rows
+    assert drawn.tokens.layers.tolist() == layers
+    assert drawn.tokens.layers.min() == 1 and drawn.tokens.layers.max() == 3
+    shares = [sum(through > layer for row in layers for through in row) / (540 * 16) for layer in range(3)]
+    assert drawn.comparison["tokens"]["kept_per_layer"] == pytest.approx(shares) and shares[0] == 1 > shares[2]
+
+
+def test_the_macs_with_tokens_are_those_that_torch_counts(drawn: Drawn) -> None:
+    """Image by image, because rows of a batch are padded to the longest."""
+    module, pruning, testing, macs = drawn.arguments
+    some = torch.utils.data.Subset(testing.dataset, range(30))
+    tokens = recipe.tokens_left(module, pruning, torch.utils.data.DataLoader(some, 16), macs)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for pixels, _ in some:
+            module(pixels[None])
+    counted = counter.get_total_flops() / 2 / 30
+    # a layer that decides has its scores to sum over the queries, which is not counted as a part of the model
+    assert tokens.macs <= counted <= tokens.macs + 2 * 16 * 16
+    macs = drawn.comparison["report"]["macs"]
+    assert drawn.comparison["macs_ratio"] == pytest.approx(macs[0] / drawn.tokens.macs)
+    assert drawn.comparison["tokens"]["macs_ratio"] == pytest.approx(macs[1] / drawn.tokens.macs)
+    assert drawn.comparison["tokens"]["relative_macs"] == pytest.approx(0.5, abs=0.03)
+
+
+def test_with_all_tokens_the_model_is_the_same_without_its_runtime(drawn: Drawn) -> None:
+    images, module = torch.rand(8, 1, 8, 8), drawn.modules["compressed"].eval()
+    with torch.no_grad():
+        pruned, whole = module(images), drawn.modules["all tokens"].eval()(images)
+        with tokens_off():
+            torch.testing.assert_close(whole, module(images), rtol=0, atol=0)
+    assert not torch.equal(pruned, whole)
+
+
+def test_the_picture_shades_each_patch_by_its_layers(drawn: Drawn) -> None:
+    _, test = recipe.read("digits", "", "", seed=0)
+    (legend,) = drawn.figure.legends
+    named = {
+        text.get_text(): patch.get_facecolor() for text, patch in zip(legend.texts, legend.legend_handles, strict=True)
+    }
+    assert list(named) == ["left at layer 1", "left at layer 2", "stayed"]
+    colours = {name: tuple(colour) for name, colour in named.items()}
+    assert len(set(colours.values())) == 3 and colours["stayed"][3] == 0
+    assert len(drawn.figure.axes) == 20  # two images of each digit
+    for place, axis in enumerate(drawn.figure.axes):
+        number = [n for n, label in enumerate(test[1]) if label == place % 10][place // 10]
+        plain, below, shades = (image.get_array() for image in axis.images)
+        expected = recipe.Images(test, 8, "L")[number][0][0]
+        for shown in (plain, below):
+            torch.testing.assert_close(torch.tensor(shown).view(8, 8) * 2 - 1, expected)
+        for patch, through in enumerate(drawn.tokens.layers[number].tolist()):
+            left = colours["stayed" if through == 3 else f"left at layer {through}"]
+            colour = tuple(shades[patch // 4, patch % 4])
+            assert colour == pytest.approx(left) or colour[3] == left[3] == 0
+
+
+def test_the_picture_is_a_png(drawn: Drawn) -> None:
+    with image_module.open(drawn.file) as picture:
+        assert picture.format == "PNG" and 900 <= picture.width <= 1100 and 400 <= picture.height <= 600
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 30
+    assert 5_000 < drawn.file.stat().st_size < 150_000
+
+
+def test_patches_come_after_other_tokens() -> None:
+    layers = torch.tensor([[9, 9, 1, 2, 3, 4], [9, 9, 5, 6, 7, 8]])
+    assert recipe.patches(layers).tolist() == [[[1, 2], [3, 4]], [[5, 6], [7, 8]]]
+    assert recipe.patches(layers[:, 2:]).tolist() == recipe.patches(layers).tolist()
+
+
+def test_without_matplotlib_it_says_so_before_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(recipe, "read", lambda *_: pytest.fail("it went on"))
+    with pytest.raises(
+        ImportError,
+        match=r"Expected 'matplotlib' .* for the picture of --tokens.*pip install 'lightning-compress\[recipes\]'",
+    ):
+        run("--tokens")
+
+
+def test_tokens_are_off_unless_asked_for(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("tokens: 0.5\n")
+    parse = recipe.parser().parse_args
+    assert [parse(a).tokens for a in ([], ["--tokens=0.7"], [f"--config={config}"])] == [None, 0.7, 0.5]
+    assert 0 < parse(["--tokens"]).tokens < 1
+    with pytest.raises(ValueError, match="Expected macs"):
+        run("--tokens=1.5")
 
 
 # From the command line

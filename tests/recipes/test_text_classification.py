@@ -264,18 +264,49 @@ def test_command_line_learns(pretrained: Path, sentences: Path, tmp_path: Path) 
     assert last(rows, "val_accuracy") >= 0.9
 
 
-def test_the_command_of_the_readme_runs(pretrained: Path, sentences: Path, tmp_path: Path) -> None:
-    page = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    line = next(line for line in page.splitlines() if line.strip().startswith("python recipes/text_classification.py"))
+def run_command_of(page: str, pretrained: Path, sentences: Path, folder: Path, *arguments: str) -> list[str]:
+    """Run the first command of `page` with the recipe, word for word but for the two paths; its words."""
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    line = next(line for line in text.splitlines() if line.strip().startswith("python recipes/text_classification.py"))
     words = line.replace("path/to/model", str(pretrained)).replace("path/to/sst2", str(sentences)).split()
-    assert {"callbacks/hoyer_square.yaml", "callbacks/finalize.yaml"} <= set(words)
-    command = [sys.executable, *words[1:], "--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--data.batch_size=8"]
-    command += ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}", "--trainer.precision=32-true"]
+    command = [sys.executable, *words[1:], "--trainer.accelerator=cpu", "--data.batch_size=8", *arguments]
+    command += ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={folder}", "--trainer.precision=32-true"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "Expected" not in done.stderr, done.stderr[-2000:]  # neither is a budget missed
+    return words
+
+
+def test_the_command_of_the_readme_runs(pretrained: Path, sentences: Path, tmp_path: Path) -> None:
+    words = run_command_of("README.md", pretrained, sentences, tmp_path, "--trainer.max_epochs=2")
+    assert {"callbacks/hoyer_square.yaml", "callbacks/finalize.yaml"} <= set(words)
     with next(tmp_path.rglob("metrics.csv")).open() as file:
         assert 0.3 < last(list(csv.DictReader(file)), "compression/macs_kept") <= 0.4
+
+
+def test_the_command_of_token_pruning_runs(pretrained: Path, sentences: Path, tmp_path: Path) -> None:
+    """In four layers: of two, the first always sees all tokens, so that half of the MACs is out of reach."""
+    config = transformers.AutoConfig.from_pretrained(pretrained, num_hidden_layers=4)
+    deep = tmp_path / "deep"
+    transformers.BertModel(config).save_pretrained(deep)
+    transformers.AutoTokenizer.from_pretrained(pretrained).save_pretrained(deep)
+    arguments = "--trainer.max_epochs=3", "--trainer.log_every_n_steps=1", "--model.lr=1e-3"
+    words = run_command_of("docs/methods/token_pruning.md", deep, sentences, tmp_path, *arguments)
+    assert [word for word in words if word.startswith("callbacks/")] == ["callbacks/token_pruning.yaml"]
+    with next(tmp_path.rglob("metrics.csv")).open() as file:
+        rows = list(csv.DictReader(file))
+    macs = [float(row["token_pruning/macs"]) for row in rows if row["token_pruning/macs"]]
+    assert macs[0] > 0.8 and sum(macs[-8:]) / 8 == pytest.approx(0.5, abs=0.05)  # of 36 steps, 12 are hard
+    checkpoint = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=False)
+    (state,) = (state for key, state in checkpoint["callbacks"].items() if key.startswith("TokenPruning"))
+    assert state["stage"] == "hard" and state["checks"] == 2
+    entering, real = (
+        state["distribution"]["entering"],
+        state["distribution"]["real"],
+    )  # (layers, sentences), (sentences,)
+    shares = (entering.sum(1) / real.sum()).tolist()
+    assert len(shares) == 4 and shares[0] == 1 and shares == sorted(shares, reverse=True) and shares[-1] < 0.5
 
 
 def test_presets_compress(pretrained: Path, sentences: Path, tmp_path: Path) -> None:
