@@ -73,7 +73,8 @@ MACS = (0.5, 0.35, 0.7)  # in the order in which they are run
 SEEDS = (0, 1)
 DENSE = {"mrpc": (5, 1e-4), "sst2": (3, 5e-5)}  # epochs and learning rate of the dense models
 DENSE_BATCH = 32
-EPOCHS, RATE, BATCH = 1, 2e-4, 16  # of everything but the dense models
+STEPS = {"mrpc": 230, "sst2": 300}  # optimizer steps, learning rate and batch of everything but the dense models
+RATE, BATCH = 2e-4, 16
 ALPHA, TEMPERATURE = 0.9, 2.0
 POOLED = float(os.environ.get("POOLED", "10"))  # weights of the distillation, see `Taught`
 
@@ -302,7 +303,7 @@ def train(run: Run, folder: str) -> dict[str, Any]:
     module.teacher = [Teacher(run, data)]
     module.model.encoder.embeddings.requires_grad_(False)  # half of the weights, and the least to learn
     callback = TokenPruning(macs=run.macs, module="model", **SETTINGS[run.method])
-    seconds = fit(module, data, [callback], max_epochs=EPOCHS)
+    seconds = fit(module, data, [callback], max_epochs=-1, max_steps=STEPS[run.dataset])
     assert callback.policy is not None
     return evaluate(module.model, data) | {"policy": callback.policy.state(), "seconds": seconds}
 

@@ -21,7 +21,10 @@ PAPER_STRENGTH = 0.1
 TRAVEL = 8.0  # how far a threshold must be able to go in the soft stage, in scales
 LEARNING_RATE = 1e-2
 BELOW = 4.0  # so many scales below the median score of its layer a threshold begins
-LAST_PART = 2 / 3  # from here on the target is met, and decisions are hard in the forward pass
+LAST_PART = 2 / 3  # from here on the target is met
+# From here on decisions are hard in the forward pass. Before that a mask that is the same for all tokens costs the task
+# nothing, as a softmax and a weighted mean do not see it, but it is as cheap as half of the tokens: so not for long.
+STRAIGHT_PART = 0.2
 WHOLE = -1e4  # a threshold that no score lies below
 
 
@@ -52,7 +55,7 @@ class SoftSchedule:
 
     def straight_through_at(self, position: float) -> bool:
         """Whether the forward pass takes hard decisions; as published never."""
-        return self.mode == "recommended" and position >= LAST_PART
+        return self.mode == "recommended" and position >= STRAIGHT_PART
 
     def target_at(self, position: float, macs: float) -> float:
         """Relative multiply-accumulates to be met."""
