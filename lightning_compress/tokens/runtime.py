@@ -394,11 +394,10 @@ class TokenRuntime:
         batch, tokens = hidden.shape[:2]
         positions = [p for p in self.protected if -tokens <= p < tokens]
         mask = self.protected_mask
-        if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (batch, tokens)):
-            raise TokenPruningError(
-                f"Expected protected_mask to be bool of shape {(batch, tokens)}, but got {mask.dtype} of shape "
-                f"{tuple(mask.shape)}."
-            )
+        if mask is not None:
+            of = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (batch, tokens):
+                raise TokenPruningError(f"Expected protected_mask to be bool of shape {(batch, tokens)}, but got {of}.")
         if not positions and mask is None:
             return None
         protected = torch.zeros(batch, tokens, dtype=torch.bool, device=hidden.device)
