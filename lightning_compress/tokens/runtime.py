@@ -622,18 +622,25 @@ def _entering(state: _Forward, hidden: Tensor) -> Tensor:
     return state.real_count(hidden)
 
 
-def _check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the model: what needs every token in every layer is refused."""
-    runtime = vars(module).get(RUNTIME)
-    if runtime is None or tokens_are_off() or runtime.will_run(module.training) == "off":
-        return
-    config = getattr(module, "config", None)
-    for name in WHOLE:
-        if kwargs.get(name, None if name in kwargs else getattr(config, name, False)):
-            raise TokenPruningError(
-                f"Expected a call without {name}=True, because with pruned tokens every layer has another number of "
-                'them. Set runtime.mode = "off" (token_runtime(model)) to look at the model with all tokens.'
-            )
+@dataclass(eq=False)
+class _CheckCall:
+    """Forward pre-hook of the model, the owner, and modules between: a call that needs all tokens is refused."""
+
+    runtime: TokenRuntime
+    owner: nn.Module  # its training flag decides what runs
+    names: list[str]  # of the module's arguments
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if tokens_are_off() or self.runtime.will_run(self.owner.training) == "off":
+            return
+        config = getattr(module, "config", None)
+        for name in WHOLE:
+            value = args[self.names.index(name)] if name in self.names[: len(args)] else kwargs.get(name)
+            if getattr(config, name, False) if value is None else value:
+                raise TokenPruningError(
+                    f"Expected a call without {name}=True, because with pruned tokens every layer has another number "
+                    'of them. Set runtime.mode = "off" (token_runtime(model)) to look at the model with all tokens.'
+                )
 
 
 @dataclass(eq=False)
@@ -706,7 +713,10 @@ def install_tokens(model: nn.Module, runtime: TokenRuntime) -> TokenRuntime:
         layer = modules[name]
         _replace(_LayerForward(runtime, layer, name, vars(layer).get("forward")))
     vars(model)[RUNTIME] = runtime
-    model.register_forward_pre_hook(_check_call, with_kwargs=True)
+    path = runtime.stack.owner.split(".") if runtime.stack.owner else []
+    for name in (".".join(path[:depth]) for depth in range(len(path) + 1)):
+        names = list(inspect.signature(modules[name].forward).parameters)
+        modules[name].register_forward_pre_hook(_CheckCall(runtime, owner, names), with_kwargs=True)
     return runtime
 
 
@@ -725,10 +735,10 @@ def remove_tokens(model: nn.Module) -> TokenRuntime | None:
             del vars(module)["forward"]
             if forward.previous is not None:
                 vars(module)["forward"] = forward.previous
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is _check_call:
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _CheckCall) and hook.runtime is runtime:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
     return runtime
 
 
