@@ -631,6 +631,11 @@ class _CheckCall:
     names: list[str]  # of the module's arguments
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if getattr(module, "_is_replica", False):  # its forwards are those of the original, with weights elsewhere
+            raise TokenPruningError(
+                "Expected a model on one device for token pruning, but DataParallel has copied it to several. Use "
+                "DistributedDataParallel, or take token pruning off (remove_tokens)."
+            )
         if tokens_are_off() or self.runtime.will_run(self.owner.training) == "off":
             return
         config = getattr(module, "config", None)
