@@ -622,6 +622,15 @@ def _entering(state: _Forward, hidden: Tensor) -> Tensor:
     return state.real_count(hidden)
 
 
+@torch._disable_dynamo
+def _tokens_leave_outside_the_graph(function: Callable[..., Any], *args: Any) -> Any:
+    """How many tokens stay is known at run time only: `torch.compile` compiles what is around the layers.
+
+    With torch's own decorator: `torch.compiler.disable` takes seconds to import where nothing is compiled, too.
+    """
+    return function(*args)
+
+
 @dataclass(eq=False)
 class _CheckCall:
     """Forward pre-hook of the model, the owner, and modules between: a call that needs all tokens is refused."""
@@ -631,6 +640,12 @@ class _CheckCall:
     names: list[str]  # of the module's arguments
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            _tokens_leave_outside_the_graph(self.check, module, args, kwargs)
+        else:
+            self.check(module, args, kwargs)
+
+    def check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if getattr(module, "_is_replica", False):  # its forwards are those of the original, with weights elsewhere
             raise TokenPruningError(
                 "Expected a model on one device for token pruning, but DataParallel has copied it to several. Use "
@@ -664,14 +679,24 @@ class _Forwarded:
         # callers that look at the signature of a forward do so in every call
         self.__signature__ = inspect.signature(self.original())
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (
+            _tokens_leave_outside_the_graph(self.run, args, kwargs)
+            if torch.compiler.is_compiling()
+            else self.run(args, kwargs)
+        )
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
 
 class _OwnerForward(_Forwarded):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.runtime.run_owner(self.original(), self.module.training, args, kwargs)
 
 
 class _LayerForward(_Forwarded):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.runtime.run_layer(self.original(), self.name, args, kwargs)
 
 
