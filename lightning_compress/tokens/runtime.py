@@ -48,6 +48,7 @@ RECOMPUTED = (
     'around the whole model, or set runtime.train_mode = "off".'
 )
 SURELY = 30.0  # a logit whose sigmoid is 1 in float32
+FARTHEST = 1e30  # a finite logit, also where a few of them are added
 # (layer, positions of the present tokens or None for all, active) -> keep
 Decide = Callable[[int, "Tensor | None", Tensor], Tensor]
 
@@ -496,7 +497,8 @@ class TokenRuntime:
     def _softly(self, state: _Forward, number: int, scores: Tensor, hidden: Tensor) -> Tensor:
         soft = self.soft
         assert soft is not None
-        logits = (scores.float() - soft.thresholds[number].float()) / soft.temperature
+        logits = (scores - soft.thresholds[number].to(scores.dtype)) / soft.temperature
+        logits = logits.clamp(-FARTHEST, FARTHEST)  # of an infinite threshold, whose straight-through form would be NaN
         if state.protected is not None:
             logits = logits.masked_fill(state.protected, SURELY)
         mask, log_mask = torch.sigmoid(logits), nn.functional.logsigmoid(logits)
