@@ -22,7 +22,13 @@ from lightning_compress.surgery.verify import Mismatch, Outputs, Rehearsal, diff
 from lightning_compress.token_policies import KeepAll, TokenPolicy
 from lightning_compress.tokens.arguments import output_state, with_state
 from lightning_compress.tokens.errors import TokenPruningError
-from lightning_compress.tokens.runtime import TokenRuntime, install_tokens, remove_tokens, token_runtime
+from lightning_compress.tokens.runtime import (
+    TokenRuntime,
+    check_not_wrapped,
+    install_tokens,
+    remove_tokens,
+    token_runtime,
+)
 from lightning_compress.tokens.stack import TokenStack, find_stack
 
 TOLERANCE = 1e-9
@@ -84,6 +90,7 @@ def prove_tokens(
         TokenPruningError: if there is no stack, or gathering is not masking; the message says where and why.
     """
     kwargs = dict(kwargs or {})
+    check_not_wrapped(model)
     if token_runtime(model) is not None:
         raise TokenPruningError(
             "Expected a model without token pruning, but it has a runtime. Call remove_tokens first."

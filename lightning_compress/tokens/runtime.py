@@ -21,6 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.surgery.errors import SurgeryError
+from lightning_compress.surgery.guards import check_names
 from lightning_compress.token_policies import TokenPolicy
 from lightning_compress.token_scores import straight_through
 from lightning_compress.token_switch import tokens_are_off
@@ -707,6 +709,14 @@ def token_runtime(model: nn.Module) -> TokenRuntime | None:
     return vars(model).get(RUNTIME)
 
 
+def check_not_wrapped(model: nn.Module) -> None:
+    """Raise TokenPruningError for a scripted module, or one with the names of ``torch.compile``."""
+    try:
+        check_names(model)
+    except SurgeryError as failure:
+        raise TokenPruningError(str(failure)) from failure
+
+
 def install_tokens(model: nn.Module, runtime: TokenRuntime) -> TokenRuntime:
     """Put a runtime on ``model``: from now on its forwards prune tokens.
 
@@ -720,6 +730,7 @@ def install_tokens(model: nn.Module, runtime: TokenRuntime) -> TokenRuntime:
     Raises:
         TokenPruningError: if the model has one already, or lacks a module of the stack; it is unchanged then.
     """
+    check_not_wrapped(model)
     if token_runtime(model) is not None:
         raise TokenPruningError(
             "Expected a model without token pruning, but it has a runtime already. Take it off first: "
