@@ -152,7 +152,10 @@ class _Trial:
 
         def decide(layer: int, index: Tensor | None, active: Tensor) -> Tensor:
             table = decisions[layer, torch.arange(active.shape[0]) % len(decisions[layer])].to(active.device)
-            return table if index is None else table.gather(1, index)
+            keep = table if index is None else table.gather(1, index)
+            # of a row whose first token is padding the protected one is not there: its first real one stays
+            first = active & (active.cumsum(1) == 1)
+            return keep | (first & ~(keep & active).any(1, keepdim=True))
 
         with self.installed(stack, mode, scatter) as runtime:
             runtime.decide = decide
