@@ -107,7 +107,8 @@ def prove_tokens(
         if protected is None and read is not None:
             trial.protected = tuple(sorted({0, *read}))
         error, stack = trial.search(stack)
-        scatter = not trial.bears(stack, scatter=False)
+        # where a protected token is padding all states are scattered anyway, and nothing would be tried
+        scatter = not trial.has_protected(stack) or not trial.bears(stack, scatter=False)
     return ProvenTokens(stack, scatter, read, trial.protected, error)
 
 
@@ -136,6 +137,7 @@ class _Trial:
         protected: tuple[int, ...],
     ) -> None:
         self.rehearsal, self.model, self.args, self.kwargs, self.protected = rehearsal, model, args, kwargs, protected
+        self.real: Tensor | None = None  # bool (batch, tokens), which tokens of the example are no padding; None: all
 
     @contextmanager
     def installed(self, stack: TokenStack, mode: Any, scatter: bool = True) -> Iterator[TokenRuntime]:
@@ -167,6 +169,7 @@ class _Trial:
             runtime.inspect = True
             outputs = self.rehearsal.run(self.model, self.args, self.kwargs)
         assert runtime.counts is not None
+        self.real = runtime.counts.present[0][1]
         longest = int(runtime.counts.real.max())
         if longest < SHORTEST:
             raise TokenPruningError(
@@ -211,6 +214,11 @@ class _Trial:
             gathered = self.run(stack, "gather", decisions, scatter)
             worst = max(worst, self._compare(masked, gathered, "pruned tokens masked and gathered"))
         return worst
+
+    def has_protected(self, stack: TokenStack) -> bool:
+        """Whether the protected tokens of all rows of the example are real."""
+        positions = [p for p in self.protected if -stack.tokens <= p < stack.tokens]
+        return self.real is None or bool(self.real[:, positions].all())
 
     def bears(self, stack: TokenStack, scatter: bool) -> bool:
         """Whether gathering is masking."""
