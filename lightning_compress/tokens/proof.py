@@ -242,7 +242,7 @@ class _Trial:
 
     def _refusal(self, stack: TokenStack, failure: Exception) -> str:
         guilty = stack.layers[-1]
-        for layer in range(len(stack.layers) - 1):
+        for layer in reversed(range(len(stack.layers) - 1)):  # what is missing after a layer is so in all that follow
             try:
                 self.error(stack, only_after=layer)
             except Exception as own:  # see above
