@@ -12,6 +12,7 @@ from lightning_compress.surgery.precision import DoublePrecision
 from lightning_compress.token_policies import KeepAll, Thresholds
 from lightning_compress.tokens.proof import prove_tokens
 from lightning_compress.tokens.runtime import SoftPruning, install_tokens
+from lightning_compress.tokens.tap import AttentionTap
 from tests.tokens.agreement import EXACT, POLICY, proven, run
 from tests.tokens.encoders import CALLS, LAYERS, Encoder, furthest, states
 
@@ -101,3 +102,16 @@ def test_dropout_in_training(mode: str, where: str) -> None:
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
     assert (values.grad is not None) == (mode == "soft")
     assert values.grad is None or bool((values.grad != 0).all() and values.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_softmax_none_of_whose_keys_is_left_is_no_nan(dtype: torch.dtype) -> None:
+    """Of an empty row, keys that are left get the weight; where none is, the bias is left out."""
+    logits = torch.full((2, 1, 3, 3), torch.finfo(dtype).min, dtype=dtype)
+    bias = torch.tensor([[0.0, -torch.inf, -70.0], [-torch.inf] * 3], dtype=torch.float64)
+    with AttentionTap(2, 3, key_bias=bias) as tap:
+        probabilities = torch.softmax(logits, -1)
+    half = torch.tensor([0.5, 0.0, 0.5] if dtype == torch.float64 else [1.0, 0.0, 0.0], dtype=dtype)
+    assert torch.equal(probabilities[0, 0, 0], half)
+    assert torch.allclose(probabilities[1], torch.full((), 1 / 3, dtype=dtype))
+    assert bool(tap.heard[0].scores.isfinite().all())  # type: ignore[union-attr]
