@@ -24,6 +24,11 @@ def wrap_training_step(pl_module: pl.LightningModule, owner: str, around: Around
     current = vars(pl_module).get("training_step")
     layers: dict[str, Around] | None = getattr(current, "_layers", None)
     if current is not None and (layers is None or owner in layers):
+        if hasattr(current, "_torchdynamo_orig_callable"):
+            raise ValueError(
+                f"Expected training_step to be a method of {type(pl_module).__name__}, which {owner} adds to, but it "
+                "was compiled with the whole LightningModule. Compile the model inside: module.model.compile()."
+            )
         raise ValueError(
             f"Expected training_step to be a method of {type(pl_module).__name__}, but it has been replaced on "
             f"the instance, for example by another {owner}. Use one {owner} in a Trainer."

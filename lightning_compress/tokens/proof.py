@@ -22,7 +22,14 @@ from lightning_compress.surgery.verify import Mismatch, Outputs, Rehearsal, diff
 from lightning_compress.token_policies import KeepAll, TokenPolicy
 from lightning_compress.tokens.arguments import output_state, with_state
 from lightning_compress.tokens.errors import TokenPruningError
-from lightning_compress.tokens.runtime import Fill, TokenRuntime, install_tokens, remove_tokens, token_runtime
+from lightning_compress.tokens.runtime import (
+    Fill,
+    TokenRuntime,
+    check_not_wrapped,
+    install_tokens,
+    remove_tokens,
+    token_runtime,
+)
 from lightning_compress.tokens.stack import TokenStack, TokenTail, record_calls, stack_of
 from lightning_compress.tokens.tail import find_tails
 
@@ -95,6 +102,7 @@ def prove_tokens(
         TokenPruningError: if there is no stack, or gathering is not masking; the message says where and why.
     """
     kwargs = dict(kwargs or {})
+    check_not_wrapped(model)
     if token_runtime(model) is not None:
         raise TokenPruningError(
             "Expected a model without token pruning, but it has a runtime. Call remove_tokens first."
@@ -116,7 +124,8 @@ def prove_tokens(
         if tail is not None:
             stack = replace(stack, tail=tail)
             error = max(error, trial.error(stack))
-        scatter = not trial.bears(stack, scatter=False)
+        # where a protected token is padding all states are scattered anyway, and nothing would be tried
+        scatter = not trial.has_protected(stack) or not trial.bears(stack, scatter=False)
     return ProvenTokens(stack, scatter, read, trial.pooled, trial.protected, error)
 
 
@@ -150,7 +159,7 @@ class _Trial:
     ) -> None:
         self.rehearsal, self.model, self.args, self.kwargs, self.protected = rehearsal, model, args, kwargs, protected
         self.pooled = False
-        self.real: Tensor | None = None  # bool (batch, tokens); None: all
+        self.real: Tensor | None = None  # bool (batch, tokens), which tokens of the example are no padding; None: all
 
     @contextmanager
     def installed(self, stack: TokenStack, mode: Any, scatter: bool = True) -> Iterator[TokenRuntime]:
@@ -169,7 +178,10 @@ class _Trial:
         def decide(layer: int, rows: Tensor | None, index: Tensor | None, active: Tensor) -> Tensor:
             rows = torch.arange(active.shape[0]) if rows is None else rows.cpu()
             table = decisions[layer, rows % len(decisions[layer])].to(active.device)
-            return table if index is None else table.gather(1, index)
+            table = table[:, : active.shape[1]] if index is None else table.gather(1, index)
+            # of a row whose first token is padding the protected one is not there: its first real one stays
+            first = active & (active.cumsum(1) == 1)
+            return table | (first & ~(table & active).any(1, keepdim=True))
 
         with self.installed(stack, mode, scatter) as runtime:
             runtime.decide = decide
@@ -227,6 +239,11 @@ class _Trial:
             worst = max(worst, self._compare(masked, gathered, "pruned tokens masked and gathered"))
         return worst
 
+    def has_protected(self, stack: TokenStack) -> bool:
+        """Whether the protected tokens of all rows of the example are real."""
+        positions = [p for p in self.protected if -stack.tokens <= p < stack.tokens]
+        return self.real is None or bool(self.real[:, positions].all())
+
     def bears(self, stack: TokenStack, scatter: bool) -> bool:
         """Whether gathering is masking."""
         try:
@@ -249,7 +266,7 @@ class _Trial:
 
     def _refusal(self, stack: TokenStack, failure: Exception) -> str:
         guilty = stack.layers[-1]
-        for layer in range(len(stack.layers) - 1):
+        for layer in reversed(range(len(stack.layers) - 1)):  # what is missing after a layer is so in all that follow
             try:
                 self.error(stack, only_after=layer)
             except Exception as own:  # see above

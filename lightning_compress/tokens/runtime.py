@@ -23,6 +23,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.surgery.errors import SurgeryError
+from lightning_compress.surgery.guards import check_names
 from lightning_compress.token_policies import TokenPolicy
 from lightning_compress.token_scores import straight_through
 from lightning_compress.token_switch import tokens_are_off
@@ -53,6 +55,7 @@ RECOMPUTED = (
     'around the whole model, or set runtime.train_mode = "off".'
 )
 SURELY = 30.0  # a logit whose sigmoid is 1 in float32
+FARTHEST = 1e30  # a finite logit, also where a few of them are added
 # (layer, rows or None for all, positions of the present tokens or None for all, active) -> keep
 Decide = Callable[[int, "Tensor | None", "Tensor | None", Tensor], Tensor]
 
@@ -517,11 +520,10 @@ class TokenRuntime:
         batch, tokens = hidden.shape[:2]
         positions = [p for p in self.protected if -tokens <= p < tokens]
         mask = self.protected_mask
-        if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (batch, tokens)):
-            raise TokenPruningError(
-                f"Expected protected_mask to be bool of shape {(batch, tokens)}, but got {mask.dtype} of shape "
-                f"{tuple(mask.shape)}."
-            )
+        if mask is not None:
+            of = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (batch, tokens):
+                raise TokenPruningError(f"Expected protected_mask to be bool of shape {(batch, tokens)}, but got {of}.")
         if not positions and mask is None:
             return None
         protected = torch.zeros(batch, tokens, dtype=torch.bool, device=hidden.device)
@@ -630,7 +632,8 @@ class TokenRuntime:
         soft = self.soft
         assert soft is not None
         temperature = soft.temperature[number] if isinstance(soft.temperature, Tensor) else soft.temperature
-        logits = (scores.float() - soft.thresholds[number].float()) / temperature
+        logits = (scores - soft.thresholds[number].to(scores.dtype)) / temperature
+        logits = logits.clamp(-FARTHEST, FARTHEST)  # of an infinite threshold, whose straight-through form would be NaN
         if state.protected is not None:
             logits = logits.masked_fill(state.protected, SURELY)
         mask, log_mask = torch.sigmoid(logits), nn.functional.logsigmoid(logits)
@@ -758,18 +761,45 @@ def _entering(state: _Forward, hidden: Tensor) -> Tensor:
     return state.real_count(hidden)
 
 
-def _check_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the model: what needs every token in every layer is refused."""
-    runtime = vars(module).get(RUNTIME)
-    if runtime is None or tokens_are_off() or runtime.will_run(module.training) == "off":
-        return
-    config = getattr(module, "config", None)
-    for name in WHOLE:
-        if kwargs.get(name, None if name in kwargs else getattr(config, name, False)):
+@torch._disable_dynamo
+def _tokens_leave_outside_the_graph(function: Callable[..., Any], *args: Any) -> Any:
+    """How many tokens stay is known at run time only: `torch.compile` compiles what is around the layers.
+
+    With torch's own decorator: `torch.compiler.disable` takes seconds to import where nothing is compiled, too.
+    """
+    return function(*args)
+
+
+@dataclass(eq=False)
+class _CheckCall:
+    """Forward pre-hook of the model, the owner, and modules between: a call that needs all tokens is refused."""
+
+    runtime: TokenRuntime
+    owner: nn.Module  # its training flag decides what runs
+    names: list[str]  # of the module's arguments
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            _tokens_leave_outside_the_graph(self.check, module, args, kwargs)
+        else:
+            self.check(module, args, kwargs)
+
+    def check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if getattr(module, "_is_replica", False):  # its forwards are those of the original, with weights elsewhere
             raise TokenPruningError(
-                f"Expected a call without {name}=True, because with pruned tokens every layer has another number of "
-                'them. Set runtime.mode = "off" (token_runtime(model)) to look at the model with all tokens.'
+                "Expected a model on one device for token pruning, but DataParallel has copied it to several. Use "
+                "DistributedDataParallel, or take token pruning off (remove_tokens)."
             )
+        if tokens_are_off() or self.runtime.will_run(self.owner.training) == "off":
+            return
+        config = getattr(module, "config", None)
+        for name in WHOLE:
+            value = args[self.names.index(name)] if name in self.names[: len(args)] else kwargs.get(name)
+            if getattr(config, name, False) if value is None else value:
+                raise TokenPruningError(
+                    f"Expected a call without {name}=True, because with pruned tokens every layer has another number "
+                    'of them. Set runtime.mode = "off" (token_runtime(model)) to look at the model with all tokens.'
+                )
 
 
 @dataclass(eq=False)
@@ -788,14 +818,24 @@ class _Forwarded:
         # callers that look at the signature of a forward do so in every call
         self.__signature__ = inspect.signature(self.original())
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (
+            _tokens_leave_outside_the_graph(self.run, args, kwargs)
+            if torch.compiler.is_compiling()
+            else self.run(args, kwargs)
+        )
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
 
 class _OwnerForward(_Forwarded):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.runtime.run_owner(self.original(), self.module.training, args, kwargs)
 
 
 class _LayerForward(_Forwarded):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.runtime.run_layer(self.original(), self.name, args, kwargs)
 
 
@@ -816,6 +856,14 @@ def token_runtime(model: nn.Module) -> TokenRuntime | None:
     return vars(model).get(RUNTIME)
 
 
+def check_not_wrapped(model: nn.Module) -> None:
+    """Raise TokenPruningError for a scripted module, or one with the names of ``torch.compile``."""
+    try:
+        check_names(model)
+    except SurgeryError as failure:
+        raise TokenPruningError(str(failure)) from failure
+
+
 def install_tokens(model: nn.Module, runtime: TokenRuntime) -> TokenRuntime:
     """Put a runtime on ``model``: from now on its forwards prune tokens.
 
@@ -829,6 +877,7 @@ def install_tokens(model: nn.Module, runtime: TokenRuntime) -> TokenRuntime:
     Raises:
         TokenPruningError: if the model has one already, or lacks a module of the stack; it is unchanged then.
     """
+    check_not_wrapped(model)
     if token_runtime(model) is not None:
         raise TokenPruningError(
             "Expected a model without token pruning, but it has a runtime already. Take it off first: "
@@ -864,7 +913,10 @@ def install_tokens(model: nn.Module, runtime: TokenRuntime) -> TokenRuntime:
         forward.ends = (begins, ends)
         _replace(forward)
     vars(model)[RUNTIME] = runtime
-    model.register_forward_pre_hook(_check_call, with_kwargs=True)
+    path = runtime.stack.owner.split(".") if runtime.stack.owner else []
+    for name in (".".join(path[:depth]) for depth in range(len(path) + 1)):
+        names = list(inspect.signature(modules[name].forward).parameters)
+        modules[name].register_forward_pre_hook(_CheckCall(runtime, owner, names), with_kwargs=True)
     return runtime
 
 
@@ -883,10 +935,10 @@ def remove_tokens(model: nn.Module) -> TokenRuntime | None:
             del vars(module)["forward"]
             if forward.previous is not None:
                 vars(module)["forward"] = forward.previous
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is _check_call:
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _CheckCall) and hook.runtime is runtime:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
     return runtime
 
 

@@ -145,10 +145,12 @@ class AttentionTap(TorchFunctionMode):
         per_row = logits.shape[0] // self.batch  # (batch * heads, n, n) where heads and batch are one dim
         if self.key_bias is not None:
             bias = self.key_bias.to(logits.dtype)
+            bias = bias.masked_fill((bias == -torch.inf).all(1, keepdim=True), 0)  # no key is left: NaN otherwise
             bias = bias.repeat_interleave(per_row, 0) if per_row > 1 else bias
+            # What the model masks is finite below the bias, so that a query that sees only pruned keys (a pruned one,
+            # in a window, or one of an empty row) turns to the keys that are left, as where pruned ones are gone
+            logits = logits.clamp(min=torch.finfo(logits.dtype).min / 2)
             logits = logits + (bias[:, None, :] if logits.dim() == 3 else bias[:, None, None, :])
-            # a query that sees only pruned keys (a pruned one, in a window) would be NaN, and so would all scores
-            logits = logits.clamp(min=torch.finfo(logits.dtype).min)
             if args:
                 args = (logits, *args[1:])
             else:
