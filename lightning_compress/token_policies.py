@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.strict_json import StrictReader
+from lightning_compress.token_scores import scores_among_rest
 
 KINDS = ("keep_all", "thresholds", "top_k")
 FLOOR = 0.01
@@ -97,12 +98,15 @@ class Thresholds:
 
     Args:
         values: :math:`\theta_l` of every layer.
+        among_rest: whether they are of ``scores_among_rest``, relative to the tokens that may leave, and not of scores
+            relative to all, as published.
 
     Raises:
         ValueError: for no values, or some that are not finite numbers.
     """
 
     values: tuple[float, ...]
+    among_rest: bool = False
 
     def __post_init__(self) -> None:
         _check_numbers("thresholds", self.values, -inf, inf)
@@ -122,6 +126,8 @@ class Thresholds:
     ) -> Tensor:
         """Tokens whose score reaches the threshold; see ``TokenPolicy.keep``."""
         _check(self.layers, layer, scores, active, real, protected, min_keep)
+        if self.among_rest:
+            scores = scores_among_rest(scores, active if protected is None else active & ~protected)
         reached = scores >= self.values[layer]
         keep = (reached if protected is None else reached | protected) & active
         if not scores.shape[1] or (min_keep == 1 and keep.device.type == "cpu" and bool(keep.any(1).all())):
@@ -136,7 +142,7 @@ class Thresholds:
 
     def state(self) -> dict[str, Any]:
         """The policy as a JSON object."""
-        return {"kind": "thresholds", "values": list(self.values)}
+        return {"kind": "thresholds", "values": list(self.values), "among_rest": self.among_rest}
 
 
 @dataclass(frozen=True)
@@ -202,8 +208,11 @@ def policy_from(state: object, path: str = "policy") -> TokenPolicy:
         read.object(state, path, ("kind",))
         return KeepAll()
     if kind == "thresholds":
-        data = read.object(state, path, ("kind", "values"))
-        return Thresholds(_numbers(read, data["values"], f"{path}.values", -inf, inf))
+        data = read.object(state, path, ("kind", "values", "among_rest"))
+        return Thresholds(
+            _numbers(read, data["values"], f"{path}.values", -inf, inf),
+            read.boolean(data["among_rest"], f"{path}.among_rest"),
+        )
     data = read.object(state, path, ("kind", "rates", "accumulated"))
     return TopK(
         _numbers(read, data["rates"], f"{path}.rates", 0, 1), read.boolean(data["accumulated"], f"{path}.accumulated")

@@ -108,6 +108,41 @@ def attention_with_scores(
     return _chunked(query, key, value, bias, key_bias, scale, query_weights, dropout, chunk_bytes)
 
 
+def scores_among_rest(scores: Tensor, weights: Tensor) -> Tensor:
+    r"""Scores relative to the mean of the tokens that may leave, the most attended one of them left out.
+
+    .. math:: \tilde s_i = \frac{s_i}{\bar s}, \quad
+        \bar s = \frac{\sum_{i \ne j} w_i s_i}{\sum_{i \ne j} w_i}, \quad j = \arg\max_i w_i s_i
+
+    Deep layers give much of their attention to the first token and to a separator, in one example more than in another.
+    What is left for all others varies with that, so that one threshold on the scores would take most tokens of one
+    example and none of the next; these scores do not have it in them.
+
+    Args:
+        scores: (batch, tokens), at least 0.
+        weights: :math:`w`, (batch, tokens), from 0 to 1: 0 for padding, protected tokens and those that have left.
+
+    Returns:
+        (batch, tokens). Rows in which no token may leave have their scores; in rows with one such token it has 1.
+
+    Raises:
+        ValueError: for tensors of different shapes.
+    """
+    _check("weights like the scores", weights, tuple(scores.shape))
+    if not scores.shape[1]:
+        return scores
+    weights = weights.to(scores.dtype)
+    received = weights * scores
+    largest = received.detach().argmax(1, keepdim=True)
+    total, count = received.sum(1, keepdim=True), weights.sum(1, keepdim=True)
+    rest, number = total - received.gather(1, largest), count - weights.gather(1, largest)
+    alone = number < 0.5
+    rest, number = torch.where(alone, total, rest), torch.where(alone, count, number)
+    tiny = torch.finfo(scores.dtype).tiny
+    mean = torch.where(number > 0, rest / number.clamp(min=tiny), 1.0)
+    return scores / mean.clamp(min=tiny)
+
+
 def soft_mask(scores: Tensor, threshold: Tensor | float, temperature: float) -> Tensor:
     r"""How much of each token stays while thresholds are learned.
 
@@ -353,6 +388,7 @@ __all__ = [
     "attention_with_scores",
     "from_padded_scale",
     "linear_ramp",
+    "scores_among_rest",
     "scores_of_probabilities",
     "soft_mask",
     "straight_through",

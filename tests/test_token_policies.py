@@ -140,17 +140,39 @@ def test_json_there_and_back(policy):
             {"kind": "keep_all", "values": []},
             r"expected policy to have the keys \['kind'\], .* \['values'\] are unknown",
         ),
-        ({"kind": "thresholds"}, r"\['values'\] are missing"),
-        ({"kind": "thresholds", "values": 1.0}, r"expected policy.values to be a list, but got 1.0"),
+        ({"kind": "thresholds"}, r"\['among_rest', 'values'\] are missing"),
         (
-            {"kind": "thresholds", "values": []},
+            {"kind": "thresholds", "values": [1.0], "among_rest": 1},
+            r"expected policy.among_rest to be true or false, but got 1",
+        ),
+        (
+            {"kind": "thresholds", "values": 1.0, "among_rest": False},
+            r"expected policy.values to be a list, but got 1.0",
+        ),
+        (
+            {"kind": "thresholds", "values": [], "among_rest": False},
             r"expected policy.values to be a list of 1 to 100000 numbers, but got \[\]",
         ),
-        ({"kind": "thresholds", "values": [1, "2"]}, r"expected policy.values\[1\] to be a number .*, but got '2'"),
-        ({"kind": "thresholds", "values": [True]}, r"expected policy.values\[0\] to be a number .*, but got True"),
-        ({"kind": "thresholds", "values": [math.nan]}, r"policy.values\[0\] to be a number .*, but got nan"),
-        ({"kind": "thresholds", "values": [math.inf]}, r"policy.values\[0\] to be a finite number, but got inf"),
-        ({"kind": "thresholds", "values": [10**400]}, r"policy.values\[0\] to be a finite number, but got 1000"),
+        (
+            {"kind": "thresholds", "values": [1, "2"], "among_rest": False},
+            r"expected policy.values\[1\] to be a number .*, but got '2'",
+        ),
+        (
+            {"kind": "thresholds", "values": [True], "among_rest": False},
+            r"expected policy.values\[0\] to be a number .*, but got True",
+        ),
+        (
+            {"kind": "thresholds", "values": [math.nan], "among_rest": False},
+            r"policy.values\[0\] to be a number .*, but got nan",
+        ),
+        (
+            {"kind": "thresholds", "values": [math.inf], "among_rest": False},
+            r"policy.values\[0\] to be a finite number, but got inf",
+        ),
+        (
+            {"kind": "thresholds", "values": [10**400], "among_rest": False},
+            r"policy.values\[0\] to be a finite number, but got 1000",
+        ),
         (
             {"kind": "top_k", "rates": [1.5], "accumulated": False},
             r"rates\[0\] to be a number from 0 to 1, but got 1.5",
@@ -196,3 +218,15 @@ def test_rates_begin_whole_and_end_at_the_final_one():
     assert spatten_rates(0.3, 24)[:5] == pytest.approx([1, 1, 1, 1, 0.965])
     assert spatten_rates(0.3, 2) == (1.0, 1.0)
     assert spatten_rates(-1.0, 7) == (1.0, 1.0, 1.0, 0.5, 0.01, 0.01, 0.01)
+
+
+def test_thresholds_among_the_rest_are_those_of_relative_scores() -> None:
+    scores = torch.tensor([[4.0, 0.2, 3.0, 0.1, 0.3], [1.0, 0.8, 1.6, 0.4, 1.2]])
+    active = torch.ones(2, 5, dtype=torch.bool)
+    protected = torch.zeros(2, 5, dtype=torch.bool)
+    protected[:, 0] = True
+    policy = Thresholds((0.9,), among_rest=True)
+    stays = policy.keep(0, scores, active, torch.tensor([5, 5]), protected, 1)
+    assert stays.tolist() == [[True, True, True, False, True]] * 2  # what the third takes does not matter
+    assert Thresholds((0.9,)).keep(0, scores, active, torch.tensor([5, 5]), protected, 1).sum(1).tolist() == [2, 3]
+    assert policy_from(policy.state()) == policy

@@ -14,6 +14,7 @@ from lightning_compress.token_scores import (
     attention_with_scores,
     from_padded_scale,
     linear_ramp,
+    scores_among_rest,
     scores_of_probabilities,
     soft_mask,
     straight_through,
@@ -328,3 +329,41 @@ def test_the_ramp_starts_at_zero_and_ends_below_the_final_threshold():
     assert linear_ramp(0.012, 12) == pytest.approx([0.001 * layer for layer in range(12)])
     with pytest.raises(ValueError, match="number of layers of at least 1, but got 0"):
         linear_ramp(1.0, 0)
+
+
+def test_scores_among_the_rest_by_a_loop() -> None:
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.rand(6, 9, generator=generator, dtype=torch.float64) * 3
+    weights = torch.rand(6, 9, generator=generator, dtype=torch.float64)
+    weights[:, 0], weights[0, 4:] = 0, 0
+    for row, weight, found in zip(scores, weights, scores_among_rest(scores, weights), strict=True):
+        largest = max(range(9), key=lambda i: float(row[i] * weight[i]))
+        others = [i for i in range(9) if i != largest]
+        mean = sum(float(row[i] * weight[i]) for i in others) / sum(float(weight[i]) for i in others)
+        torch.testing.assert_close(found, row / mean)
+
+
+def test_what_a_few_tokens_take_does_not_show_among_the_rest() -> None:
+    # the first is protected, the third takes most of what is left; the others have twice and half of their mean
+    some = torch.tensor([[4.0, 0.2, 3.0, 0.1, 0.3]])
+    more = torch.tensor([[1.0, 0.8, 1.6, 0.4, 1.2]])
+    free = torch.tensor([[False, True, True, True, True]])
+    for scores in (some, more):
+        torch.testing.assert_close(scores_among_rest(scores, free)[0, [1, 3, 4]], torch.tensor([1.0, 0.5, 1.5]))
+
+
+def test_rows_with_one_token_or_none_that_may_leave() -> None:
+    scores = torch.tensor([[1.5, 0.5, 1.0], [2.0, 0.25, 0.75]])
+    free = torch.tensor([[False, True, False], [False, False, False]])
+    assert scores_among_rest(scores, free)[0, 1] == 1
+    assert torch.equal(scores_among_rest(scores, free)[1], scores[1])
+    assert scores_among_rest(torch.zeros(2, 3), torch.ones(2, 3)).tolist() == [[0.0] * 3] * 2
+    assert scores_among_rest(torch.zeros(2, 0), torch.ones(2, 0)).shape == (2, 0)
+    with pytest.raises(ValueError, match=r"Expected weights like the scores, \(2, 3\), but got \(2, 2\)"):
+        scores_among_rest(scores, free[:, :2])
+
+
+def test_scores_among_the_rest_have_gradients() -> None:
+    scores = torch.rand(3, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    weights = torch.rand(3, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(scores_among_rest, (scores, weights))

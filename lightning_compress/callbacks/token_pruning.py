@@ -28,9 +28,22 @@ from lightning_compress.callbacks.session import (
     traced_module,
 )
 from lightning_compress.callbacks.strategies import check_strategy, unwrapped
-from lightning_compress.callbacks.token_calls import KEPT, RecentCalls, TokenCall, measure_tokens
+from lightning_compress.callbacks.token_calls import (
+    KEPT,
+    RecentCalls,
+    TokenCall,
+    measure_tokens,
+    output_change,
+)
 from lightning_compress.callbacks.token_record import TokenSetup, install_state, runtime_state
-from lightning_compress.callbacks.token_schedule import PAPER_STRENGTH, WHOLE, Mode, SoftSchedule
+from lightning_compress.callbacks.token_schedule import (
+    PAPER_STRENGTH,
+    TILTS,
+    WHOLE,
+    Mode,
+    SoftSchedule,
+    tilted,
+)
 from lightning_compress.callbacks.token_targets import TOLERANCE, Measure, meet, ramped, shifted, top_k_for
 from lightning_compress.callbacks.token_thresholds import ThresholdLearner
 from lightning_compress.callbacks.training_step import with_loss, wrap_training_step
@@ -53,6 +66,7 @@ from lightning_compress.tokens.stack_costs import stack_costs
 
 Method = Literal["learned", "top_k", "linear"]
 Stage = Literal["before", "soft", "hard"]
+TILT_TOLERANCE = 0.1  # of the budget: one batch has few tokens
 LATE = 0.9  # part of the hard stage after which the budget is looked at once more, before the end
 
 
@@ -267,6 +281,7 @@ class TokenPruning(Callback):
                 self.schedule.temperature_at(position) * self._learner.scales,
                 self.schedule.straight_through_at(position),
                 cumulative=self.mode == "recommended",
+                among_rest=self.schedule.among_rest,
             )
         self._protect(batch)
 
@@ -290,9 +305,9 @@ class TokenPruning(Callback):
                 raise ValueError(self._no_call(pl_module))
         if self._stage == "soft" and self._learner is not None and self._runtime is not None:
             if session.steps.count > self._steps:
-                rate = self.schedule.learning_rate_at(self._position(), self._soft_steps())
+                rate = self.schedule.learning_rate_at(self._position(), self._soft_steps(), self.strength is None)
                 self._learner.step(rate)
-                self._runtime.policy = Thresholds(self._learner.values)
+                self._runtime.policy = Thresholds(self._learner.values, self.schedule.among_rest)
             elif trainer.global_step != self._last_step:
                 self._learner.skip()
         self._steps = session.steps.count
@@ -470,9 +485,10 @@ class TokenPruning(Callback):
             TokenRuntime(setup.stack, KeepAll(), setup.protected, self.min_keep, setup.scatter, fill=setup.fill),
         )
         if self.method == "learned":
-            values, scales = self.schedule.first_thresholds(self._observe(trainer, decisions))
+            spreads = self._observe(trainer, decisions)
+            values, scales = self.schedule.first_thresholds(spreads, self._tilt(trainer, spreads))
             self._learner = ThresholdLearner(values, pl_module.device, scales)
-            self._runtime.policy = Thresholds(self._learner.values)
+            self._runtime.policy = Thresholds(self._learner.values, self.schedule.among_rest)
         self._stage = "soft" if self.method == "learned" else "hard"
         self._runtime.train_mode = "soft" if self._stage == "soft" else "gather"
         if self._stage == "hard":
@@ -489,6 +505,25 @@ class TokenPruning(Callback):
         found = session.processes.mean("average the spread of scores", observer.spreads())
         return [ScoreSpread(*row) for row in found.tolist()]
 
+    def _tilt(self, trainer: pl.Trainer, spreads: list[ScoreSpread]) -> float:
+        """How the budget is best spread over the depth before anything is learned: what changes outputs least."""
+        session, runtime, calls, macs = self._joined(), self._runtime, self._measured_calls(), self.macs
+        assert runtime is not None and session.traced is not None and self._setup is not None
+        if macs is None or not calls or self.mode != "recommended":
+            return 0.0
+        traced, costs, context = session.traced, self._setup.costs, trainer.precision_plugin.forward_context
+
+        def measure(policy: TokenPolicy) -> float:
+            runtime.policy = policy
+            return measure_tokens(traced, runtime, calls, costs, session.processes, context()).relative_macs
+
+        changes: dict[float, float] = {}
+        for tilt in TILTS:
+            runtime.policy, cost = meet(measure, tilted(spreads, tilt), -1.0, 0.5, macs)
+            if abs(cost - macs) <= TILT_TOLERANCE * macs:
+                changes[tilt] = output_change(traced, runtime, calls, session.processes, context())
+        return min(changes, key=lambda tilt: changes[tilt], default=0.0)
+
     def _measured_calls(self) -> list[TokenCall]:
         session = self._joined()
         return list(self._calls) or ([TokenCall(session.batch)] if session.batch is not None else [])
@@ -497,7 +532,7 @@ class TokenPruning(Callback):
         """Calibrate the thresholds and fix them; from now on tokens leave in training, too."""
         runtime, learner = self._runtime, self._learner
         assert runtime is not None and learner is not None
-        runtime.policy = Thresholds(learner.values)
+        runtime.policy = Thresholds(learner.values, self.schedule.among_rest)
         self._stage = "hard"
         runtime.train_mode, runtime.soft = "gather", None
         self._calibrate(trainer, pl_module)
@@ -548,7 +583,7 @@ class TokenPruning(Callback):
             return meet(measure, ramped(layers), 1.0, 0.25, macs)
         assert isinstance(before, Thresholds)
         scales = (1.0,) * len(before.values) if self._learner is None else self._learner.scales.tolist()
-        return meet(measure, shifted(before.values, scales), 0.0, 0.02, macs)
+        return meet(measure, shifted(before, scales), 0.0, 0.02, macs)
 
     # Steps
 
@@ -584,7 +619,8 @@ class TokenPruning(Callback):
         assert learner is not None
         if self.strength is None:
             assert self.macs is not None
-            return learner.budget(cost, self.schedule.target_at(position, self.macs))
+            learner.budget(cost, self.schedule.target_at(position, self.macs))
+            return cost.new_zeros(())
         terms = []
         for counts in seen:
             real = counts.present[0][1]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_compress.token_policies import Thresholds
 from lightning_compress.token_scores import from_padded_scale, linear_ramp
 from lightning_compress.tokens.observation import ScoreSpread
 
@@ -18,14 +19,30 @@ PAPER_LEARNING_RATE = 2e-5
 PAPER_FINAL_THRESHOLD = 0.01
 PAPER_STRENGTH = 0.1
 
-TRAVEL = 8.0  # how far a threshold must be able to go in the soft stage, in scales
+TRAVEL = 8.0  # how far a threshold must be able to go in the soft stage where nothing else moves it, in scales
 LEARNING_RATE = 1e-2
+TILTS = (-0.5, 0.0, 0.5, 1.0, 1.5)  # what is tried
 BELOW = 4.0  # so many scales below the median score of its layer a threshold begins
 LAST_PART = 2 / 3  # from here on the target is met
 # From here on decisions are hard in the forward pass. Before that a mask that is the same for all tokens costs the task
 # nothing, as a softmax and a weighted mean do not see it, but it is as cheap as half of the tokens: so not for long.
 STRAIGHT_PART = 0.2
 WHOLE = -1e4  # a threshold that no score lies below
+
+
+def tilted(spreads: Sequence[ScoreSpread], tilt: float) -> Callable[[float], Thresholds]:
+    """Thresholds a number of spreads above the medians, ``tilt`` spreads less in the first layer and more in the last.
+
+    With zero tilt every layer takes about the same share of the tokens that it gets.
+    """
+    last = max(1, len(spreads) - 1)
+    places = [2 * n / last - 1 for n in range(len(spreads))]
+
+    def policy(shift: float) -> Thresholds:
+        values = (s.median + (shift + tilt * x) * s.spread for s, x in zip(spreads, places, strict=True))
+        return Thresholds(tuple(values), among_rest=True)
+
+    return policy
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,11 @@ class SoftSchedule:
             first, last = 1.0, 0.1
         return first * (last / first) ** min(1.0, max(0.0, position))
 
+    @property
+    def among_rest(self) -> bool:
+        """Whether thresholds are of scores relative to the tokens that may leave; as published relative to all."""
+        return self.mode == "recommended"
+
     def straight_through_at(self, position: float) -> bool:
         """Whether the forward pass takes hard decisions; as published never."""
         return self.mode == "recommended" and position >= STRAIGHT_PART
@@ -61,29 +83,37 @@ class SoftSchedule:
         """Relative multiply-accumulates to be met."""
         return 1 - (1 - macs) * min(1.0, max(0.0, position) / LAST_PART)
 
-    def learning_rate_at(self, position: float, steps: float) -> float:
+    def learning_rate_at(self, position: float, steps: float, budget: bool = True) -> float:
         """Of the thresholds, in a soft stage of so many optimizer steps.
 
-        Adam goes about one learning rate in a step: in a short stage the default is larger, so that thresholds can get
-        anywhere. As published it decays linearly.
+        Adam goes about one learning rate in a step: without a budget, which shifts them, the default is larger in a
+        short stage, so that thresholds can get anywhere. As published it decays linearly.
         """
         if self.mode == "faithful":
             rate = self.learning_rate
             if rate is None:
                 rate = from_padded_scale(PAPER_LEARNING_RATE, PADDED_LENGTH)
             return rate * max(0.0, 1 - position)
-        return self.learning_rate if self.learning_rate is not None else max(LEARNING_RATE, TRAVEL / max(1.0, steps))
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return LEARNING_RATE if budget else max(LEARNING_RATE, TRAVEL / max(1.0, steps))
 
-    def first_thresholds(self, spreads: Sequence[ScoreSpread]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def first_thresholds(
+        self, spreads: Sequence[ScoreSpread], tilt: float = 0.0
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Thresholds at the begin, one after each layer but the last, and their scales.
 
         Deep layers give most of their attention to a few tokens, so that the scores of all others are small and alike:
         a temperature and a threshold in units of the mean would take all of them or none. So both are in units of the
         spread of the layer's own scores, and begin where hardly any token is touched. As published they are a ramp, and
         the first layer lets every token through, whatever its threshold becomes.
+
+        Args:
+            spreads: of the scores of each layer that decides.
+            tilt: by so many scales the first threshold is lower than the middle one, and the last one higher.
         """
         if self.mode == "recommended":
-            return tuple(s.median - BELOW * s.spread for s in spreads), tuple(s.spread for s in spreads)
+            return tilted(spreads, tilt)(-BELOW).values, tuple(s.spread for s in spreads)
         ramp = linear_ramp(from_padded_scale(PAPER_FINAL_THRESHOLD, PADDED_LENGTH), len(spreads) + 1)[: len(spreads)]
         return (WHOLE, *ramp[1:]), (1.0,) * len(spreads)
 

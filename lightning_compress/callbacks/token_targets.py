@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from lightning_compress.token_policies import Thresholds, TokenPolicy, TopK
 from lightning_compress.token_scores import linear_ramp
@@ -18,9 +19,13 @@ FAR = 100.0  # steps end here
 FLOOR = 0.01
 
 
-def shifted(thresholds: Sequence[float], scales: Sequence[float]) -> Family:
+def shifted(policy: Thresholds, scales: Sequence[float]) -> Family:
     """All thresholds moved by one number of their scales."""
-    return lambda shift: Thresholds(tuple(t + shift * c for t, c in zip(thresholds, scales, strict=True)))
+
+    def moved(shift: float) -> TokenPolicy:
+        return replace(policy, values=tuple(t + shift * c for t, c in zip(policy.values, scales, strict=True)))
+
+    return moved
 
 
 def ramped(layers: int) -> Family:

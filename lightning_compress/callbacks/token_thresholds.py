@@ -12,18 +12,23 @@ from torch import Tensor, nn
 
 from lightning_compress.callbacks.processes import Processes
 
-PENALTY = 20.0  # a budget missed by 0.05 weighs as much as one unit of loss per unit of cost
-MULTIPLIER_STEP = 1.0
+GAIN = (
+    2.0  # scales per unit of relative cost: about 0.15 of it is saved by a scale, so that a miss decays in a few steps
+)
+MOST = 0.25  # scales in one step
 
 
 class ThresholdLearner:
     r"""One scalar per decision, learned beside the weights: never decayed, never clipped with them.
 
     What is learned is by how many scales a threshold has gone from its first value: :math:`\theta_l = \theta_l^0 + c_l
-    p_l` with :math:`p_l = 0` at first, so that one learning rate fits layers whose scores differ much or little.
+    (p_l + q)` with :math:`p_l = q = 0` at first, so that one learning rate fits layers whose scores differ much or
+    little.
 
-    A budget is kept by the augmented Lagrangian :math:`\mu (r - t) + \frac\rho2 (r - t)^2` with the expected relative
-    cost r, the target t, and a multiplier :math:`\mu` that grows by :math:`r - t` in every step.
+    A budget is kept by the common shift q, which grows in every step by a multiple of :math:`r - t`, the expected
+    relative cost over the target; the loss then decides how thresholds differ from it, and only its gradients reach
+    :math:`p`, less their mean. Pressed by the cost itself, the first layers would come to take everything: their
+    thresholds save the most, and in the gradients of the others the noise of a batch is larger than what they save.
 
     Args:
         values: the first thresholds, :math:`\theta^0`.
@@ -32,7 +37,7 @@ class ThresholdLearner:
 
     Attributes:
         offsets: the parameter :math:`p`.
-        multiplier: :math:`\mu`.
+        shift: :math:`q`.
     """
 
     def __init__(self, values: Sequence[float], device: torch.device, scales: Sequence[float] | None = None) -> None:
@@ -40,7 +45,7 @@ class ThresholdLearner:
         self.scales = torch.ones_like(self.first) if scales is None else self.first.new_tensor(tuple(scales))
         self.offsets = nn.Parameter(torch.zeros_like(self.first))
         self.optimizer = torch.optim.Adam([self.offsets])
-        self.multiplier = 0.0
+        self.shift = 0.0
         self._misses: list[Tensor] = []
         self._ready: list[float] | None = None
 
@@ -48,18 +53,16 @@ class ThresholdLearner:
     def thresholds(self) -> Tensor:
         """The thresholds, with gradients to ``offsets``."""
         with torch.enable_grad():
-            return self.first + self.scales * self.offsets
+            return self.first + self.scales * (self.offsets + self.shift)
 
     @property
     def values(self) -> tuple[float, ...]:
         """The thresholds as numbers."""
         return tuple(self.thresholds.detach().tolist())
 
-    def budget(self, cost: Tensor, target: float) -> Tensor:
-        """The term of the loss that brings ``cost``, a scalar with gradients, to ``target``."""
-        miss = cost - target
-        self._misses.append(miss.detach())
-        return self.multiplier * miss + PENALTY / 2 * miss**2
+    def budget(self, cost: Tensor, target: float) -> None:
+        """Note by how much ``cost``, a scalar, misses ``target``: the next step shifts the thresholds by it."""
+        self._misses.append(cost.detach() - target)
 
     def collect(self, processes: Processes, scale: float) -> None:
         """Take the gradients of the step that is about to be made, averaged over the processes.
@@ -78,19 +81,20 @@ class ThresholdLearner:
         self._misses.clear()
 
     def step(self, learning_rate: float) -> None:
-        """Move the thresholds and the multiplier, after the weights have really been moved."""
+        """Move the thresholds, after the weights have really been moved."""
         if self._ready is None:
             return
         *gradient, miss, number = self._ready
         self._ready = None
         if not all(math.isfinite(g) for g in gradient):
             return
-        self.offsets.grad = torch.tensor(gradient, device=self.offsets.device)
+        own = torch.tensor(gradient, device=self.offsets.device)
+        self.offsets.grad = own - own.mean() if number else own
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
         self.offsets.grad = None
         if number and math.isfinite(miss):
-            self.multiplier += MULTIPLIER_STEP * miss / number
+            self.shift += max(-MOST, min(MOST, GAIN * miss / number))
 
     def skip(self) -> None:
         """Forget the gradients of a step that was not made."""
@@ -104,7 +108,7 @@ class ThresholdLearner:
             "scales": self.scales.clone(),
             "offsets": self.offsets.detach().clone(),
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-            "multiplier": self.multiplier,
+            "shift": self.shift,
             "gradient": None if gradient is None else gradient.clone(),
             "misses": [float(m) for m in self._misses],
         }
@@ -116,7 +120,7 @@ class ThresholdLearner:
         with torch.no_grad():
             learner.offsets.copy_(state["offsets"])
         learner.optimizer.load_state_dict(state["optimizer"])
-        learner.multiplier = state["multiplier"]
+        learner.shift = state["shift"]
         if state["gradient"] is not None:
             learner.offsets.grad = state["gradient"].to(device)
         learner._misses = [torch.tensor(m, device=device) for m in state["misses"]]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_compress.token_policies import KeepAll
+from lightning_compress.token_scores import scores_among_rest
 
 LEAST = 1e-3  # spread of scores that are all alike, in units of the mean score
 NORMAL = 1.349  # distance of the quartiles of a normal distribution, in standard deviations
@@ -16,7 +17,7 @@ NORMAL = 1.349  # distance of the quartiles of a normal distribution, in standar
 
 @dataclass(frozen=True)
 class ScoreSpread:
-    """Scores of a layer, in units of their mean.
+    """Scores of a layer, as by ``scores_among_rest``.
 
     Args:
         median: half of the tokens have less.
@@ -40,7 +41,7 @@ class ScoreObserver(KeepAll):
         """All that is active; see ``TokenPolicy.keep``."""
         free = active if protected is None else active & ~protected
         seen: list[list[Tensor]] = vars(self)["seen"]
-        seen[layer].append(scores.detach()[free].double().cpu())
+        seen[layer].append(scores_among_rest(scores.detach(), free)[free].double().cpu())
         return super().keep(layer, scores, active, real, protected, min_keep)
 
     def spreads(self) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lightning_compress.surgery.errors import SurgeryError
 from lightning_compress.surgery.guards import check_names
 from lightning_compress.token_policies import TokenPolicy
-from lightning_compress.token_scores import straight_through
+from lightning_compress.token_scores import scores_among_rest, straight_through
 from lightning_compress.token_switch import tokens_are_off
 from lightning_compress.tokens.arguments import output_state, tensors_in, with_state, with_tensors
 from lightning_compress.tokens.errors import TokenPruningError
@@ -74,12 +74,14 @@ class SoftPruning:
         temperature: T, in the same units; a tensor has one for each decision.
         straight_through: whether the forward takes the hard decision and only the backward the soft one.
         cumulative: see above.
+        among_rest: whether thresholds are of ``scores_among_rest``, with what is left of each token as its weight.
     """
 
     thresholds: Tensor
     temperature: float | Tensor = 0.1
     straight_through: bool = False
     cumulative: bool = True
+    among_rest: bool = False
 
 
 @dataclass(eq=False)
@@ -468,7 +470,7 @@ class TokenRuntime:
         if state.mode == "soft":
             assert self.soft is not None
             if self.soft.cumulative:  # as published a mask works at the end of its layer
-                call.soft = self._soft_masks(state, call.number, heard.scores)
+                call.soft = self._soft_masks(state, call.number, heard)
                 call.tail = TailPass(self.stack.tail, _rows(heard.scores), soft=call.soft[0])
             return
         call.keep = self._keep(state, call, heard)
@@ -584,7 +586,7 @@ class TokenRuntime:
     def _decided(self, state: _Forward, heard: Heard, call: _Call, hidden: Tensor) -> Tensor:
         if state.mode == "soft":
             assert heard.scores is not None
-            state.mask, state.log_mask = call.soft or self._soft_masks(state, call.number, heard.scores)
+            state.mask, state.log_mask = call.soft or self._soft_masks(state, call.number, heard)
             state.masks.append(state.mask)
             return hidden if state.log_mask is not None else hidden * state.mask.unsqueeze(-1).to(hidden.dtype)
         keep = self._keep(state, call, heard) if call.keep is None else call.keep
@@ -627,10 +629,16 @@ class TokenRuntime:
             state.accumulated = state.accumulated.gather(1, packing.index)
         return gather_states(hidden, packing)
 
-    def _soft_masks(self, state: _Forward, number: int, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _soft_masks(self, state: _Forward, number: int, heard: Heard) -> tuple[Tensor, Tensor | None]:
         """The mask after a decision, and its logarithm if keys are to be masked with it, both (batch, tokens)."""
-        soft = self.soft
-        assert soft is not None
+        soft, scores = self.soft, heard.scores
+        assert soft is not None and scores is not None
+        if soft.among_rest:
+            weights = torch.ones_like(scores) if state.mask is None else state.mask
+            real = heard.real if number == 0 else state.real
+            for away in (None if real is None else ~real, state.protected):
+                weights = weights if away is None else weights.masked_fill(away, 0)
+            scores = scores_among_rest(scores, weights)
         temperature = soft.temperature[number] if isinstance(soft.temperature, Tensor) else soft.temperature
         logits = (scores - soft.thresholds[number].to(scores.dtype)) / temperature
         logits = logits.clamp(-FARTHEST, FARTHEST)  # of an infinite threshold, whose straight-through form would be NaN

@@ -1,20 +1,25 @@
 """The parts of token pruning in a fit, one by one: schedule, thresholds, targets, recent calls, the wrapped step."""
 
+from contextlib import nullcontext
 from statistics import NormalDist
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from lightning_compress.callbacks.example import ExampleCall
 from lightning_compress.callbacks.processes import Processes
-from lightning_compress.callbacks.token_calls import KEPT, RecentCalls
-from lightning_compress.callbacks.token_schedule import SoftSchedule
+from lightning_compress.callbacks.token_calls import KEPT, RecentCalls, TokenCall, output_change
+from lightning_compress.callbacks.token_schedule import SoftSchedule, tilted
 from lightning_compress.callbacks.token_targets import cascade, meet, ramped, shifted, top_k_for
 from lightning_compress.callbacks.token_thresholds import ThresholdLearner
 from lightning_compress.callbacks.training_step import with_loss, wrap_training_step
 from lightning_compress.token_policies import Thresholds, TokenPolicy, TopK
+from lightning_compress.token_switch import tokens_are_off
 from lightning_compress.tokens.observation import ScoreObserver, ScoreSpread
 
 CPU = torch.device("cpu")
@@ -24,10 +29,11 @@ SPREADS = [ScoreSpread(0.8, 0.4), ScoreSpread(0.25, 0.1), ScoreSpread(1.0, 1.0)]
 def test_the_recommended_schedule() -> None:
     schedule = SoftSchedule("recommended")
     assert [schedule.temperature_at(p) for p in (0, 0.5, 1)] == pytest.approx([1.0, 0.316, 0.1], rel=1e-3)
-    assert [schedule.straight_through_at(p) for p in (0, 0.6, 0.7)] == [False, False, True]
+    assert [schedule.straight_through_at(p) for p in (0, 0.1, 0.2, 0.7)] == [False, False, True, True]
     assert [schedule.target_at(p, 0.4) for p in (0, 1 / 3, 2 / 3, 1)] == pytest.approx([1, 0.7, 0.4, 0.4])
     assert schedule.learning_rate_at(0.9, steps=10_000) == 0.01
-    assert schedule.learning_rate_at(0.9, steps=80) == 0.1  # so that thresholds get anywhere
+    assert schedule.learning_rate_at(0.9, steps=80, budget=False) == 0.1  # so that thresholds get anywhere
+    assert schedule.learning_rate_at(0.9, steps=80) == 0.01  # the budget moves them
     assert SoftSchedule("recommended", learning_rate=0.5).learning_rate_at(0.1, steps=40) == 0.5
     # four spreads below the median, where a mask is 0.98
     values, scales = schedule.first_thresholds(SPREADS)
@@ -51,7 +57,7 @@ def test_median_and_spread_are_those_of_tokens_that_may_leave() -> None:
     real = torch.tensor([6, 4])
     assert torch.equal(observer.keep(0, scores, active, real, first, 1), active)
     observer.keep(1, torch.full((2, 6), torch.nan), active, real, None, 1)
-    free = sorted([0.2, 0.4, 0.6, 0.8, 1.0, 0.3, 0.5, 0.7])
+    free = [s / 0.5 for s in (0.2, 0.4, 0.6, 0.8, 1.0)] + [s / 0.4 for s in (0.3, 0.5, 0.7)]  # without the largest
     low, high = (np.quantile(free, q) for q in (0.25, 0.75))
     normal = NormalDist().inv_cdf(0.75) - NormalDist().inv_cdf(0.25)
     assert observer.spreads()[0].tolist() == pytest.approx([np.quantile(free, 0.5), (high - low) / normal], rel=1e-3)
@@ -87,32 +93,75 @@ def test_gradients_are_unscaled_and_steps_that_are_not_finite_are_left_out() -> 
     assert learner.values == pytest.approx((-0.1, 0.1))
 
 
-def test_the_multiplier_brings_a_cost_to_its_target() -> None:
-    learner = ThresholdLearner((0.0,), CPU)
+def test_a_shift_brings_a_cost_to_its_target_and_the_loss_decides_the_rest() -> None:
+    learner = ThresholdLearner((0.0, 0.0), CPU, scales=(1.0, 2.0))
     for _ in range(400):
-        cost = torch.sigmoid(-learner.thresholds).sum()  # the loss wants the threshold low, the budget wants 0.3
-        (learner.budget(cost, 0.3) - cost).backward()
+        kept = torch.sigmoid(-learner.thresholds)
+        learner.budget(kept.mean(), 0.3)
+        (kept[1] - kept[0]).backward()  # the loss wants the first to keep more than the second
         learner.collect(Processes(), 1.0)
-        learner.step(0.05)
-    assert float(torch.sigmoid(-learner.thresholds.detach())) == pytest.approx(0.3, abs=0.01)
-    assert learner.multiplier == pytest.approx(1.0, abs=0.1)
+        learner.step(0.005)
+    kept = torch.sigmoid(-learner.thresholds.detach())
+    assert float(kept.mean()) == pytest.approx(0.3, abs=0.01)
+    assert kept[0] > 0.4 and kept[1] < 0.2
+    assert float(learner.offsets.detach().sum()) == pytest.approx(
+        0.0, abs=1e-4
+    )  # what they have in common is the shift
+
+
+def test_a_shift_is_bounded_in_a_step() -> None:
+    learner = ThresholdLearner((0.0,), CPU)
+    for _ in range(2):
+        learner.budget(torch.tensor(1.0), 0.1)
+        learner.collect(Processes(), 1.0)
+        learner.step(0.01)
+    assert learner.values == pytest.approx((0.5,))
+    learner.budget(torch.tensor(torch.nan), 0.1)
+    learner.collect(Processes(), 1.0)
+    learner.step(0.01)
+    assert learner.values == pytest.approx((0.5,))
+
+
+def test_a_tilt_takes_from_the_first_layers_and_gives_to_the_last() -> None:
+    flat, steep = tilted(SPREADS, 0.0)(1.0), tilted(SPREADS, 0.5)(1.0)
+    assert flat.values == pytest.approx((1.2, 0.35, 2.0)) and flat.among_rest
+    assert steep.values == pytest.approx((1.2 - 0.5 * 0.4, 0.35, 2.0 + 0.5))
+    assert tilted(SPREADS[:1], 0.5)(0.0).values == pytest.approx((0.8 - 0.2,))
+
+
+class Halves(nn.Module):
+    """Says whether tokens are on or off."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        return {"y": x if tokens_are_off() else x / 2, "n": torch.ones(2, dtype=torch.int64)}
+
+
+def test_the_change_of_outputs_is_relative() -> None:
+    model = Halves()
+    runtime = SimpleNamespace(protected_mask=None)
+    calls = [TokenCall(ExampleCall((torch.full((2, 3), v),), {})) for v in (1.0, 4.0)]
+    assert output_change(model, runtime, calls, Processes(), nullcontext()) == pytest.approx(0.25)
+    zero = [TokenCall(ExampleCall((torch.zeros(2, 3),), {}))]
+    assert output_change(model, runtime, zero, Processes(), nullcontext()) == 0.0
 
 
 def test_a_learner_goes_on_where_its_state_was_taken() -> None:
     def step(learner: ThresholdLearner, factor: float) -> None:
-        learner.budget((learner.thresholds * factor).sum(), 0.5).backward()
+        learner.budget((learner.thresholds * factor).sum(), 0.5)
+        (learner.thresholds * factor).square().sum().backward()
         learner.collect(Processes(), 1.0)
         learner.step(0.1)
 
     one = ThresholdLearner((0.5, 1.0), CPU)
     step(one, 1.0)
-    one.budget(one.thresholds.sum(), 0.2).backward()  # in the middle of an accumulation
+    one.budget(one.thresholds.sum(), 0.2)
+    one.thresholds.square().sum().backward()  # in the middle of an accumulation
     other = ThresholdLearner.from_state(one.state_dict(), CPU)
     for factor in (2.0, 3.0):
         step(one, factor)
         step(other, factor)
     assert one.values == other.values
-    assert one.multiplier == other.multiplier
+    assert one.shift == other.shift
 
 
 def macs_of(policy: TokenPolicy) -> float:
@@ -122,12 +171,15 @@ def macs_of(policy: TokenPolicy) -> float:
 
 
 def test_thresholds_are_shifted_together() -> None:
-    policy, cost = meet(macs_of, shifted((0.0, 1.0), (1.0, 1.0)), 0.0, 0.02, 0.5)
+    policy, cost = meet(macs_of, shifted(Thresholds((0.0, 1.0)), (1.0, 1.0)), 0.0, 0.02, 0.5)
     assert isinstance(policy, Thresholds)
     assert policy.values[1] - policy.values[0] == pytest.approx(1.0)
     assert 0.497 <= cost <= 0.5
-    policy, cost = meet(macs_of, shifted((5.0, 9.0), (1.0, 2.0)), 0.0, 0.02, 0.8)  # back up, each in its own scale
+    policy, cost = meet(
+        macs_of, shifted(Thresholds((5.0, 9.0), among_rest=True), (1.0, 2.0)), 0.0, 0.02, 0.8
+    )  # back up, each in its own scale
     assert isinstance(policy, Thresholds)
+    assert policy.among_rest
     assert policy.values[1] - 9 == pytest.approx(2 * (policy.values[0] - 5))
     assert 0.797 <= cost <= 0.8
 
@@ -141,7 +193,7 @@ def test_a_ramp_ends_at_one_number() -> None:
 
 
 def test_a_target_out_of_reach_gives_the_cheapest() -> None:
-    policy, cost = meet(macs_of, shifted((0.0, -1e4), (1.0, 1.0)), 0.0, 0.02, 0.5)
+    policy, cost = meet(macs_of, shifted(Thresholds((0.0, -1e4)), (1.0, 1.0)), 0.0, 0.02, 0.5)
     assert cost == pytest.approx(2 / 3, abs=1e-3)
     assert policy.values[0] > 50  # type: ignore[attr-defined]
 
