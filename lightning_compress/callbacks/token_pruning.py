@@ -38,11 +38,11 @@ from lightning_compress.callbacks.token_calls import (
 from lightning_compress.callbacks.token_record import TokenSetup, install_state, runtime_state
 from lightning_compress.callbacks.token_schedule import (
     PAPER_STRENGTH,
-    TILTS,
+    SLOPES,
     WHOLE,
     Mode,
+    Slope,
     SoftSchedule,
-    tilted,
 )
 from lightning_compress.callbacks.token_targets import TOLERANCE, Measure, meet, ramped, shifted, top_k_for
 from lightning_compress.callbacks.token_thresholds import ThresholdLearner
@@ -66,22 +66,24 @@ from lightning_compress.tokens.stack_costs import stack_costs
 
 Method = Literal["learned", "top_k", "linear"]
 Stage = Literal["before", "soft", "hard"]
-TILT_TOLERANCE = 0.1  # of the budget: one batch has few tokens
+SLOPE_TOLERANCE = 0.1  # of the budget: one batch has few tokens
 LATE = 0.9  # part of the hard stage after which the budget is looked at once more, before the end
 
 
 class TokenPruning(Callback):
     r"""Takes tokens out of the computation, layer by layer: those that receive too little attention.
 
-    After the attention of a layer every token has a score, the attention that it received, with mean 1 over the tokens
-    that are there; those below the threshold of the layer do not enter the next one. The thresholds are learned beside
+    After the attention of a layer every token has a score, the attention that it received, relative to the tokens that
+    may leave (`scores_among_rest`; as published relative to all that are there); those below the threshold of the layer
+    skip the rest of it and do not enter the next one. The thresholds are learned beside
     the weights in the *soft* stage of the fit, in which tokens are masked in part,
 
     .. math:: M_l = M_{l-1}\,\sigma\bigl((s_l - \theta_l)/T\bigr), \quad
-        L = L_{\text{task}} + \mu (r - t) + \tfrac{\rho}{2} (r - t)^2
+        \theta_l = \theta_l^0 + c_l (p_l + q)
 
-    with an annealed temperature T and the expected relative multiply-accumulates r of the layers at real lengths,
-    brought to the target t by an augmented Lagrangian. At ``hard_at`` the thresholds are shifted together so that hard
+    with an annealed temperature T in units of the spread :math:`c_l` of the scores of the layer. The loss moves
+    :math:`p`; a controller moves the common shift q, so that the expected relative multiply-accumulates of the layers
+    at real lengths come down to the target. At ``hard_at`` the thresholds are shifted together so that hard
     decisions meet the target, and the *hard* stage begins: thresholds are fixed, tokens leave, and the weights recover.
     Evaluation is always hard. After the fit the LightningModule computes with the tokens that stay.
 
@@ -98,9 +100,10 @@ class TokenPruning(Callback):
             `FinalizeCompression` beside it, else 0.
         hard_at: fraction of the fit at which the hard stage begins, in (start, 1]. Default: two thirds of what is left
             after ``start``.
-        learning_rate: of the thresholds, in units of the mean score. Default: 0.01, or more in a short soft stage;
-            "faithful": 2e-5 of scores that sum to one over 128 tokens.
-        temperature: first and last temperature. Default: (0.3, 0.03); "faithful": 0.128.
+        learning_rate: of the thresholds, in units of the spread of their layer's scores. Default: 0.002, or more
+            without ``macs``; "faithful": 2e-5 of scores that sum to one over 128 tokens.
+        temperature: first and last temperature, in the same units. Default: (1, 0.1); "faithful": 0.128 of the mean
+            score.
         protected: positions of tokens that always stay. Default: the first, and single ones that are read behind the
             layers.
         protected_mask: key under which batches, mappings then, have a bool mask (batch, tokens) of tokens that always
@@ -486,7 +489,7 @@ class TokenPruning(Callback):
         )
         if self.method == "learned":
             spreads = self._observe(trainer, decisions)
-            values, scales = self.schedule.first_thresholds(spreads, self._tilt(trainer, spreads))
+            values, scales = self.schedule.first_thresholds(spreads, self._slope(trainer, spreads))
             self._learner = ThresholdLearner(values, pl_module.device, scales)
             self._runtime.policy = Thresholds(self._learner.values, self.schedule.among_rest)
         self._stage = "soft" if self.method == "learned" else "hard"
@@ -505,24 +508,24 @@ class TokenPruning(Callback):
         found = session.processes.mean("average the spread of scores", observer.spreads())
         return [ScoreSpread(*row) for row in found.tolist()]
 
-    def _tilt(self, trainer: pl.Trainer, spreads: list[ScoreSpread]) -> float:
+    def _slope(self, trainer: pl.Trainer, spreads: list[ScoreSpread]) -> Slope:
         """How the budget is best spread over the depth before anything is learned: what changes outputs least."""
         session, runtime, calls, macs = self._joined(), self._runtime, self._measured_calls(), self.macs
         assert runtime is not None and session.traced is not None and self._setup is not None
         if macs is None or not calls or self.mode != "recommended":
-            return 0.0
+            return Slope()
         traced, costs, context = session.traced, self._setup.costs, trainer.precision_plugin.forward_context
 
         def measure(policy: TokenPolicy) -> float:
             runtime.policy = policy
             return measure_tokens(traced, runtime, calls, costs, session.processes, context()).relative_macs
 
-        changes: dict[float, float] = {}
-        for tilt in TILTS:
-            runtime.policy, cost = meet(measure, tilted(spreads, tilt), -1.0, 0.5, macs)
-            if abs(cost - macs) <= TILT_TOLERANCE * macs:
-                changes[tilt] = output_change(traced, runtime, calls, session.processes, context())
-        return min(changes, key=lambda tilt: changes[tilt], default=0.0)
+        changes: dict[Slope, float] = {}
+        for slope in SLOPES if len(spreads) > 1 else (Slope(),):
+            runtime.policy, cost = meet(measure, slope.at(spreads), -1.0, 0.5, macs)
+            if abs(cost - macs) <= SLOPE_TOLERANCE * macs:
+                changes[slope] = output_change(traced, runtime, calls, session.processes, context())
+        return min(changes, key=lambda slope: changes[slope], default=Slope())
 
     def _measured_calls(self) -> list[TokenCall]:
         session = self._joined()

@@ -20,8 +20,8 @@ PAPER_FINAL_THRESHOLD = 0.01
 PAPER_STRENGTH = 0.1
 
 TRAVEL = 8.0  # how far a threshold must be able to go in the soft stage where nothing else moves it, in scales
-LEARNING_RATE = 1e-2
-TILTS = (-0.5, 0.0, 0.5, 1.0, 1.5)  # what is tried
+LEARNING_RATE = 1e-2  # the same, in a step at least
+FINE_RATE = 2e-3  # where a budget shifts them, and only differences are learned
 BELOW = 4.0  # so many scales below the median score of its layer a threshold begins
 LAST_PART = 2 / 3  # from here on the target is met
 # From here on decisions are hard in the forward pass. Before that a mask that is the same for all tokens costs the task
@@ -30,19 +30,34 @@ STRAIGHT_PART = 0.2
 WHOLE = -1e4  # a threshold that no score lies below
 
 
-def tilted(spreads: Sequence[ScoreSpread], tilt: float) -> Callable[[float], Thresholds]:
-    """Thresholds a number of spreads above the medians, ``tilt`` spreads less in the first layer and more in the last.
+@dataclass(frozen=True)
+class Slope:
+    """How a budget is spread over the depth.
 
-    With zero tilt every layer takes about the same share of the tokens that it gets.
+    Args:
+        tilt: by so many spreads the first threshold is lower than the middle one, and the last one higher. With zero
+            every layer takes about the same share of the tokens that it gets.
+        whole: whether the first layer, whose attention knows words and no context, lets every token through.
     """
-    last = max(1, len(spreads) - 1)
-    places = [2 * n / last - 1 for n in range(len(spreads))]
 
-    def policy(shift: float) -> Thresholds:
-        values = (s.median + (shift + tilt * x) * s.spread for s, x in zip(spreads, places, strict=True))
-        return Thresholds(tuple(values), among_rest=True)
+    tilt: float = 0.0
+    whole: bool = False
 
-    return policy
+    def at(self, spreads: Sequence[ScoreSpread]) -> Callable[[float], Thresholds]:
+        """Thresholds for the scores of each layer that decides, a number of spreads above their medians."""
+        first = int(self.whole)
+        last = max(1, len(spreads) - 1 - first)
+
+        def policy(shift: float) -> Thresholds:
+            values = [
+                s.median + (shift + self.tilt * (2 * (n - first) / last - 1)) * s.spread for n, s in enumerate(spreads)
+            ]
+            return Thresholds((WHOLE, *values[1:]) if self.whole else tuple(values), among_rest=True)
+
+        return policy
+
+
+SLOPES = tuple(Slope(tilt, whole) for whole in (True, False) for tilt in (0.0, 0.5, 1.0))  # what is tried
 
 
 @dataclass(frozen=True)
@@ -96,10 +111,10 @@ class SoftSchedule:
             return rate * max(0.0, 1 - position)
         if self.learning_rate is not None:
             return self.learning_rate
-        return LEARNING_RATE if budget else max(LEARNING_RATE, TRAVEL / max(1.0, steps))
+        return FINE_RATE if budget else max(LEARNING_RATE, TRAVEL / max(1.0, steps))
 
     def first_thresholds(
-        self, spreads: Sequence[ScoreSpread], tilt: float = 0.0
+        self, spreads: Sequence[ScoreSpread], slope: Slope
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Thresholds at the begin, one after each layer but the last, and their scales.
 
@@ -110,10 +125,10 @@ class SoftSchedule:
 
         Args:
             spreads: of the scores of each layer that decides.
-            tilt: by so many scales the first threshold is lower than the middle one, and the last one higher.
+            slope: how they differ over the depth.
         """
         if self.mode == "recommended":
-            return tilted(spreads, tilt)(-BELOW).values, tuple(s.spread for s in spreads)
+            return slope.at(spreads)(-BELOW).values, tuple(s.spread for s in spreads)
         ramp = linear_ramp(from_padded_scale(PAPER_FINAL_THRESHOLD, PADDED_LENGTH), len(spreads) + 1)[: len(spreads)]
         return (WHOLE, *ramp[1:]), (1.0,) * len(spreads)
 

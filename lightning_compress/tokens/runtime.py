@@ -66,8 +66,9 @@ class SoftPruning:
 
     ``cumulative``: :math:`M_l = M_{l-1}\,\sigma((s_l - \theta_l)/T)`; in layer l+1 keys get the bias
     :math:`\log M_l` and the state becomes :math:`M_l\,f(h) + (1 - M_l)\,h`, and what the tail of layer l adds is
-    multiplied with :math:`M_l`, so that for :math:`T \to 0` it is the hard decision. Otherwise as published: the state
-    that a layer returns is multiplied with its own mask, and no key is masked.
+    multiplied with :math:`M_l`, so that for :math:`T \to 0` it is the hard decision. Only thresholds get gradients
+    through these masks. Otherwise as published: the state that a layer returns is multiplied with its own mask, and no
+    key is masked.
 
     Attributes:
         thresholds: one scalar per decision, in units of the mean score.
@@ -633,6 +634,10 @@ class TokenRuntime:
         """The mask after a decision, and its logarithm if keys are to be masked with it, both (batch, tokens)."""
         soft, scores = self.soft, heard.scores
         assert soft is not None and scores is not None
+        if soft.cumulative:
+            scores = (
+                scores.detach()
+            )  # near a step the gradients of scores are as large as they are wrong: weights suffer
         if soft.among_rest:
             weights = torch.ones_like(scores) if state.mask is None else state.mask
             real = heard.real if number == 0 else state.real

@@ -14,7 +14,7 @@ from torch import nn
 from lightning_compress.callbacks.example import ExampleCall
 from lightning_compress.callbacks.processes import Processes
 from lightning_compress.callbacks.token_calls import KEPT, RecentCalls, TokenCall, output_change
-from lightning_compress.callbacks.token_schedule import SoftSchedule, tilted
+from lightning_compress.callbacks.token_schedule import Slope, SoftSchedule
 from lightning_compress.callbacks.token_targets import cascade, meet, ramped, shifted, top_k_for
 from lightning_compress.callbacks.token_thresholds import ThresholdLearner
 from lightning_compress.callbacks.training_step import with_loss, wrap_training_step
@@ -31,12 +31,12 @@ def test_the_recommended_schedule() -> None:
     assert [schedule.temperature_at(p) for p in (0, 0.5, 1)] == pytest.approx([1.0, 0.316, 0.1], rel=1e-3)
     assert [schedule.straight_through_at(p) for p in (0, 0.1, 0.2, 0.7)] == [False, False, True, True]
     assert [schedule.target_at(p, 0.4) for p in (0, 1 / 3, 2 / 3, 1)] == pytest.approx([1, 0.7, 0.4, 0.4])
-    assert schedule.learning_rate_at(0.9, steps=10_000) == 0.01
+    assert schedule.learning_rate_at(0.9, steps=10_000, budget=False) == 0.01
     assert schedule.learning_rate_at(0.9, steps=80, budget=False) == 0.1  # so that thresholds get anywhere
-    assert schedule.learning_rate_at(0.9, steps=80) == 0.01  # the budget moves them
+    assert schedule.learning_rate_at(0.9, steps=80) == 0.002  # the budget moves them
     assert SoftSchedule("recommended", learning_rate=0.5).learning_rate_at(0.1, steps=40) == 0.5
     # four spreads below the median, where a mask is 0.98
-    values, scales = schedule.first_thresholds(SPREADS)
+    values, scales = schedule.first_thresholds(SPREADS, Slope())
     assert values == pytest.approx((-0.8, -0.15, -3.0)) and scales == (0.4, 0.1, 1.0)
 
 
@@ -45,7 +45,7 @@ def test_the_published_schedule() -> None:
     assert schedule.temperature_at(0.1) == schedule.temperature_at(0.9) == pytest.approx(0.128)
     assert not schedule.straight_through_at(1.0)
     assert schedule.learning_rate_at(0.75, steps=7) == pytest.approx(2e-5 * 128 / 4)
-    values, scales = schedule.first_thresholds(SPREADS)
+    values, scales = schedule.first_thresholds(SPREADS, Slope())
     assert values == pytest.approx((-1e4, 0.32, 0.64)) and scales == (1, 1, 1)
 
 
@@ -106,7 +106,7 @@ def test_a_shift_brings_a_cost_to_its_target_and_the_loss_decides_the_rest() -> 
     assert kept[0] > 0.4 and kept[1] < 0.2
     assert float(learner.offsets.detach().sum()) == pytest.approx(
         0.0, abs=1e-4
-    )  # what they have in common is the shift
+    )  # the rest is the shift
 
 
 def test_a_shift_is_bounded_in_a_step() -> None:
@@ -122,11 +122,13 @@ def test_a_shift_is_bounded_in_a_step() -> None:
     assert learner.values == pytest.approx((0.5,))
 
 
-def test_a_tilt_takes_from_the_first_layers_and_gives_to_the_last() -> None:
-    flat, steep = tilted(SPREADS, 0.0)(1.0), tilted(SPREADS, 0.5)(1.0)
+def test_a_slope_takes_from_the_first_layers_and_gives_to_the_last() -> None:
+    flat, steep = Slope().at(SPREADS)(1.0), Slope(0.5).at(SPREADS)(1.0)
     assert flat.values == pytest.approx((1.2, 0.35, 2.0)) and flat.among_rest
     assert steep.values == pytest.approx((1.2 - 0.5 * 0.4, 0.35, 2.0 + 0.5))
-    assert tilted(SPREADS[:1], 0.5)(0.0).values == pytest.approx((0.8 - 0.2,))
+    assert Slope(0.5).at(SPREADS[:1])(0.0).values == pytest.approx((0.8 - 0.2,))
+    whole = Slope(0.5, whole=True).at(SPREADS)(1.0)
+    assert whole.values == pytest.approx((-1e4, 0.35 - 0.05, 2.0 + 0.5))  # the first that decides begins the slope
 
 
 class Halves(nn.Module):
