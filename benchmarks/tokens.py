@@ -263,7 +263,7 @@ def tokens_of_last_forward(model: nn.Module, mask: Tensor) -> tuple[Tensor, Tens
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "faithful": {"mode": "faithful", "hard_at": 0.4},
-    "recommended": {"hard_at": 0.3},
+    "recommended": {"hard_at": 0.1},
     "top_k": {"method": "top_k"},
     "linear": {"method": "linear"},
 }

@@ -19,7 +19,7 @@ from lightning_compress.tokens.costs import LayerCosts
 from lightning_compress.tokens.distribution import TokenDistribution
 from lightning_compress.tokens.runtime import TokenRuntime
 
-KEPT = 8
+KEPT = 12
 PLAIN = (Tensor, bool, int, float, str, type(None))
 
 

@@ -44,7 +44,7 @@ from lightning_compress.callbacks.token_schedule import (
     Slope,
     SoftSchedule,
 )
-from lightning_compress.callbacks.token_targets import TOLERANCE, Measure, meet, ramped, shifted, top_k_for
+from lightning_compress.callbacks.token_targets import TOLERANCE, Family, Measure, meet, ramped, shifted, top_k_for
 from lightning_compress.callbacks.token_thresholds import ThresholdLearner
 from lightning_compress.callbacks.training_step import with_loss, wrap_training_step
 from lightning_compress.report import TokenSummary
@@ -66,7 +66,8 @@ from lightning_compress.tokens.stack_costs import stack_costs
 
 Method = Literal["learned", "top_k", "linear"]
 Stage = Literal["before", "soft", "hard"]
-SLOPE_TOLERANCE = 0.1  # of the budget: one batch has few tokens
+SLOPE_TOLERANCE = 0.1  # of the budget: few batches have few tokens
+SLOPE_CALLS = 4  # batches on which ways to spread the budget are compared
 LATE = 0.9  # part of the hard stage after which the budget is looked at once more, before the end
 
 
@@ -510,22 +511,43 @@ class TokenPruning(Callback):
 
     def _slope(self, trainer: pl.Trainer, spreads: list[ScoreSpread]) -> Slope:
         """How the budget is best spread over the depth before anything is learned: what changes outputs least."""
-        session, runtime, calls, macs = self._joined(), self._runtime, self._measured_calls(), self.macs
-        assert runtime is not None and session.traced is not None and self._setup is not None
-        if macs is None or not calls or self.mode != "recommended":
+        if self.macs is None or self.mode != "recommended":
             return Slope()
+        slopes = SLOPES if len(spreads) > 1 else (Slope(),)
+        return slopes[self._least_change(trainer, [(slope.at(spreads), -1.0) for slope in slopes], self.macs)]
+
+    def _settled(self, trainer: pl.Trainer, learned: Thresholds, learner: ThresholdLearner) -> Thresholds:
+        """The thresholds to go on with: those learned, unless others change the outputs of the last batches less.
+
+        The soft stage may have been too short, or its first batch, by which the slope was chosen, too small.
+        """
+        macs = self.macs
+        if macs is None or self.mode != "recommended" or len(learned.values) < 2:
+            return learned
+        scales = tuple(learner.scales.tolist())
+        spreads = self._observe(trainer, len(scales))
+        families = [(shifted(learned, scales), 0.0), *((slope.at(spreads), -1.0) for slope in SLOPES)]
+        family, start = families[self._least_change(trainer, families, macs)]
+        policy = family(start)
+        assert isinstance(policy, Thresholds)
+        return policy
+
+    def _least_change(self, trainer: pl.Trainer, families: Sequence[tuple[Family, float]], macs: float) -> int:
+        """Which family of policies, with a number to begin with, meets the budget with the least change of outputs."""
+        session, runtime, calls = self._joined(), self._runtime, self._measured_calls()[-SLOPE_CALLS:]
+        assert runtime is not None and session.traced is not None and self._setup is not None
         traced, costs, context = session.traced, self._setup.costs, trainer.precision_plugin.forward_context
 
         def measure(policy: TokenPolicy) -> float:
             runtime.policy = policy
             return measure_tokens(traced, runtime, calls, costs, session.processes, context()).relative_macs
 
-        changes: dict[Slope, float] = {}
-        for slope in SLOPES if len(spreads) > 1 else (Slope(),):
-            runtime.policy, cost = meet(measure, slope.at(spreads), -1.0, 0.5, macs)
+        changes: dict[int, float] = {}
+        for number, (family, start) in enumerate(families if calls else ()):
+            runtime.policy, cost = meet(measure, family, start, 0.25, macs)
             if abs(cost - macs) <= SLOPE_TOLERANCE * macs:
-                changes[slope] = output_change(traced, runtime, calls, session.processes, context())
-        return min(changes, key=lambda slope: changes[slope], default=Slope())
+                changes[number] = output_change(traced, runtime, calls, session.processes, context())
+        return min(changes, key=lambda number: changes[number], default=0)
 
     def _measured_calls(self) -> list[TokenCall]:
         session = self._joined()
@@ -535,9 +557,10 @@ class TokenPruning(Callback):
         """Calibrate the thresholds and fix them; from now on tokens leave in training, too."""
         runtime, learner = self._runtime, self._learner
         assert runtime is not None and learner is not None
-        runtime.policy = Thresholds(learner.values, self.schedule.among_rest)
+        learned = Thresholds(learner.values, self.schedule.among_rest)
         self._stage = "hard"
         runtime.train_mode, runtime.soft = "gather", None
+        runtime.policy = self._settled(trainer, learned, learner)
         self._calibrate(trainer, pl_module)
 
     def _check_budget(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -57,7 +57,7 @@ class Slope:
         return policy
 
 
-SLOPES = tuple(Slope(tilt, whole) for whole in (True, False) for tilt in (0.0, 0.5, 1.0))  # what is tried
+SLOPES = tuple(Slope(tilt, whole) for whole in (True, False) for tilt in (0.0, 0.3, 0.6))  # what is tried
 
 
 @dataclass(frozen=True)
