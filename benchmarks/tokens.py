@@ -60,8 +60,8 @@ from lightning_compress.token_policies import KeepAll, Thresholds  # noqa: E402
 from lightning_compress.token_scores import linear_ramp  # noqa: E402
 from lightning_compress.tokens import tap  # noqa: E402
 from lightning_compress.tokens.calibration import bisect_shift  # noqa: E402
+from lightning_compress.tokens.install import install_tokens, token_runtime  # noqa: E402
 from lightning_compress.tokens.proof import prove_tokens  # noqa: E402
-from lightning_compress.tokens.runtime import install_tokens, token_runtime  # noqa: E402
 from recipes.text_classification import TextClassification, TextData  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "tokens"

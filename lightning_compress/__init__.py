@@ -48,8 +48,9 @@ from lightning_compress.token_policies import Thresholds, TopK
 from lightning_compress.token_scores import from_padded_scale, to_padded_scale
 from lightning_compress.token_switch import tokens_off
 from lightning_compress.tokens.errors import TokenPruningError
+from lightning_compress.tokens.install import install_tokens, remove_tokens, token_runtime
 from lightning_compress.tokens.proof import prove_tokens
-from lightning_compress.tokens.runtime import TokenRuntime, install_tokens, remove_tokens, token_runtime
+from lightning_compress.tokens.runtime import TokenRuntime
 from lightning_compress.unit_groups import UnitGroups
 from lightning_compress.vocabulary import trim_tokenizer, used_ids
 

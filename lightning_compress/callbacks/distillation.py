@@ -22,7 +22,7 @@ from lightning_compress.callbacks.plain_copy import is_sharded
 from lightning_compress.callbacks.session import CompressionSession, is_redirected_step, traced_module
 from lightning_compress.callbacks.training_step import with_loss, wrap_training_step
 from lightning_compress.distillation_losses import logits_kl, output_mse
-from lightning_compress.tokens.runtime import remove_tokens, token_runtime
+from lightning_compress.tokens.install import remove_tokens, token_runtime
 
 
 @dataclass

@@ -51,17 +51,11 @@ from lightning_compress.report import TokenSummary
 from lightning_compress.token_policies import KeepAll, Thresholds, TokenPolicy
 from lightning_compress.tokens.costs import LayerCosts
 from lightning_compress.tokens.distribution import TokenDistribution
+from lightning_compress.tokens.forward import SoftPruning, TokenCounts
+from lightning_compress.tokens.install import install_tokens, remove_tokens
 from lightning_compress.tokens.observation import ScoreObserver, ScoreSpread
 from lightning_compress.tokens.proof import prove_tokens
-from lightning_compress.tokens.runtime import (
-    FILLS,
-    Fill,
-    SoftPruning,
-    TokenCounts,
-    TokenRuntime,
-    install_tokens,
-    remove_tokens,
-)
+from lightning_compress.tokens.runtime import FILLS, Fill, TokenRuntime
 from lightning_compress.tokens.stack_costs import stack_costs
 
 Method = Literal["learned", "top_k", "linear"]

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from lightning_compress.tokens.costs import LayerCosts
+from lightning_compress.tokens.install import remove_tokens
 from lightning_compress.tokens.record import read_token_record, token_records
-from lightning_compress.tokens.runtime import Fill, TokenRuntime, remove_tokens
+from lightning_compress.tokens.runtime import Fill, TokenRuntime
 from lightning_compress.tokens.stack import TokenStack
 
 OWNER = "TokenPruning"

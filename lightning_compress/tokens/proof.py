@@ -22,14 +22,8 @@ from lightning_compress.surgery.verify import Mismatch, Outputs, Rehearsal, diff
 from lightning_compress.token_policies import KeepAll, TokenPolicy
 from lightning_compress.tokens.arguments import output_state, with_state
 from lightning_compress.tokens.errors import TokenPruningError
-from lightning_compress.tokens.runtime import (
-    Fill,
-    TokenRuntime,
-    check_not_wrapped,
-    install_tokens,
-    remove_tokens,
-    token_runtime,
-)
+from lightning_compress.tokens.install import check_not_wrapped, install_tokens, remove_tokens, token_runtime
+from lightning_compress.tokens.runtime import Fill, TokenRuntime
 from lightning_compress.tokens.stack import TokenStack, TokenTail, record_calls, stack_of
 from lightning_compress.tokens.tail import find_tails
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from lightning_compress.strict_json import StrictReader
 from lightning_compress.token_policies import policy_from
-from lightning_compress.tokens.runtime import FILLS, TokenRuntime, install_tokens, token_runtime
+from lightning_compress.tokens.install import install_tokens, token_runtime
+from lightning_compress.tokens.runtime import FILLS, TokenRuntime
 from lightning_compress.tokens.stack import TokenStack, TokenTail
 
 MOST_CALLS, MOST_DIMS, LARGEST = 100_000, 8, 2**31

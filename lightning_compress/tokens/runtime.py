@@ -13,23 +13,33 @@ pruned, differentiable in the thresholds).
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_compress.surgery.errors import SurgeryError
-from lightning_compress.surgery.guards import check_names
 from lightning_compress.token_policies import TokenPolicy
 from lightning_compress.token_scores import scores_among_rest, straight_through
 from lightning_compress.token_switch import tokens_are_off
 from lightning_compress.tokens.arguments import output_state, tensors_in, with_state, with_tensors
 from lightning_compress.tokens.errors import TokenPruningError
+from lightning_compress.tokens.forward import (
+    Ask,
+    Forward,
+    LayerRun,
+    Mode,
+    SoftPruning,
+    TokenCounts,
+    entering_of,
+    key_bias_of,
+    query_weights_of,
+    real_count_of,
+    shape_of,
+    summed,
+)
 from lightning_compress.tokens.gathering import (
     Repacking,
     RowGroup,
@@ -40,15 +50,12 @@ from lightning_compress.tokens.gathering import (
     scatter_states,
 )
 from lightning_compress.tokens.stack import TokenStack, python_attention, sure_dims
-from lightning_compress.tokens.tail import TailPass, tail_names
+from lightning_compress.tokens.tail import TailPass
 from lightning_compress.tokens.tap import AttentionTap, Heard, graph_recording
 
-Mode = Literal["off", "soft", "mask", "gather"]
 MODES: tuple[Mode, ...] = ("off", "soft", "mask", "gather")
 Fill = Literal["state", "mean"]
 FILLS: tuple[Fill, ...] = ("state", "mean")
-RUNTIME = "_token_runtime"
-WHOLE = ("output_attentions", "output_hidden_states")
 RECOMPUTED = (
     "Expected the layer {!r} to run once in a forward, but gradient checkpointing is to run it again in the backward, "
     "where it would see all tokens. Turn it off (in transformers, model.gradient_checkpointing_disable()), put it "
@@ -58,117 +65,6 @@ SURELY = 30.0  # a logit whose sigmoid is 1 in float32
 FARTHEST = 1e30  # a finite logit, also where a few of them are added
 # (layer, rows or None for all, positions of the present tokens or None for all, active) -> keep
 Decide = Callable[[int, "Tensor | None", "Tensor | None", Tensor], Tensor]
-
-
-@dataclass
-class SoftPruning:
-    r"""How tokens are pruned in part.
-
-    ``cumulative``: :math:`M_l = M_{l-1}\,\sigma((s_l - \theta_l)/T)`; in layer l+1 keys get the bias
-    :math:`\log M_l` and the state becomes :math:`M_l\,f(h) + (1 - M_l)\,h`, and what the tail of layer l adds is
-    multiplied with :math:`M_l`, so that for :math:`T \to 0` it is the hard decision. Only thresholds get gradients
-    through these masks. Otherwise as published: the state that a layer returns is multiplied with its own mask, and no
-    key is masked.
-
-    Attributes:
-        thresholds: one scalar per decision, in units of the mean score.
-        temperature: T, in the same units; a tensor has one for each decision.
-        straight_through: whether the forward takes the hard decision and only the backward the soft one.
-        cumulative: see above.
-        among_rest: whether thresholds are of ``scores_among_rest``, with what is left of each token as its weight.
-    """
-
-    thresholds: Tensor
-    temperature: float | Tensor = 0.1
-    straight_through: bool = False
-    cumulative: bool = True
-    among_rest: bool = False
-
-
-@dataclass(eq=False)
-class TokenCounts:
-    """What a forward did.
-
-    Attributes:
-        entering: (layers, batch), tokens that entered each layer; in soft mode expected ones, with gradients.
-        real: (batch,), tokens that are no padding.
-        tokens: number of tokens of a row, padding included.
-        masks: in soft mode the mask of each decision, (batch, tokens), with gradients.
-        present: for every layer the positions that were there, (batch, present) or None for all, and which of them took
-            part, or None for all.
-    """
-
-    entering: Tensor
-    real: Tensor
-    tokens: int
-    masks: list[Tensor]
-    present: list[tuple[Tensor | None, Tensor | None]]
-
-    def layers_of_tokens(self) -> Tensor:
-        """Number of layers that each token went through as a token that counts, int64 (batch, tokens)."""
-        batch = self.real.shape[0]
-        total = torch.zeros(batch, self.tokens, dtype=torch.int64, device=self.real.device)
-        for index, shown in self.present:
-            took = torch.ones_like(total if index is None else index) if shown is None else shown.long()
-            total = total + took if index is None else total.scatter_add(1, index, took)
-        return total
-
-
-@dataclass(eq=False)
-class _Call:
-    """One call of a layer, with all rows of the batch or some of them.
-
-    ``keep`` and ``soft`` (the mask and its logarithm) are set if the decision falls before the layer returns.
-    """
-
-    number: int
-    decides: bool
-    tap: AttentionTap
-    rows: Tensor | None  # int64, which rows; None: all
-    slots: int
-    tail: TailPass | None = None
-    keep: Tensor | None = None  # bool (rows, slots)
-    soft: tuple[Tensor, Tensor | None] | None = None
-
-    def own(self, value: Tensor) -> Tensor:
-        """What belongs to this call of something (batch, present)."""
-        return value if self.rows is None else value.index_select(0, self.rows)[:, : self.slots]
-
-
-@dataclass(eq=False)
-class _Forward:
-    """The state of one forward of the owner. Present tokens are those that have not physically left."""
-
-    mode: Mode
-    recording: Any = None  # `graph_recording` when the owner was called
-    layer: int = 0
-    empty: bool = False  # whether there are no tokens at all
-    scatter: bool = True
-    dims: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of arguments, those that run over tokens
-    batch: int = 0
-    tokens: int = 0
-    real: Tensor | None = None  # bool (batch, tokens); None: all
-    shown: Tensor | None = None  # bool (batch, present), tokens that take part; None: all of them
-    frozen: bool = False  # whether there are present tokens that do not take part
-    index: Tensor | None = None  # int64 (batch, present), where the present tokens were; None: none has left
-    valid: Tensor | None = None  # bool (batch, present), slots that hold a token; None: all
-    counts: tuple[int, ...] | None = None  # number of slots of each row that hold a token; None: all
-    protected: Tensor | None = None  # bool (batch, present)
-    accumulated: Tensor | None = None  # sums of scores
-    mask: Tensor | None = None  # soft: the mask in force, (batch, tokens)
-    log_mask: Tensor | None = None  # soft and cumulative: its logarithm, the bias of the keys
-    stages: list[tuple[Tensor, Tensor | None, Tensor | None]] = field(default_factory=list)
-    entering: list[Tensor] = field(default_factory=list)
-    masks: list[Tensor] = field(default_factory=list)
-    present: list[tuple[Tensor | None, Tensor | None]] = field(default_factory=list)
-    gathered: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    call: _Call | None = None  # the call of a layer that is under way
-
-    def real_count(self, like: Tensor) -> Tensor:
-        """Number of real tokens of each row, float32 (batch,)."""
-        if self.real is None:
-            return torch.full((self.batch,), float(self.tokens), device=like.device)
-        return self.real.sum(1).float()
 
 
 class TokenRuntime:
@@ -237,7 +133,7 @@ class TokenRuntime:
         self._local = threading.local()
 
     @property
-    def _forward(self) -> _Forward | None:
+    def _forward(self) -> Forward | None:
         """The forward that is under way in this thread."""
         return getattr(self._local, "forward", None)
 
@@ -247,14 +143,14 @@ class TokenRuntime:
         """The mode of a forward in training or evaluation mode."""
         return self.train_mode if training else self.mode
 
-    def begin(self, training: bool) -> _Forward | None:
+    def begin(self, training: bool) -> Forward | None:
         """State of a new forward; None if it is to run as it is."""
         mode = self.will_run(training)
         if mode == "off" or tokens_are_off():
             return None
         if mode == "soft" and self.soft is None:
             raise TokenPruningError("Expected the settings of soft pruning, but got none: set runtime.soft.")
-        return _Forward(mode, graph_recording(), scatter=self.scatter)
+        return Forward(mode, graph_recording(), scatter=self.scatter)
 
     def run_owner(self, original: Callable[..., Any], training: bool, args: tuple[Any, ...], kwargs: Any) -> Any:
         """The forward of the owner."""
@@ -305,8 +201,8 @@ class TokenRuntime:
             args, kwargs = self._narrowed(state, hidden, args, kwargs)
         state.layer += 1
         last = state.layer == len(self.stack.layers)
-        ask = _Ask(number == 0, not last, self.inspect)
-        bias, weights = _key_bias(state, hidden), _query_weights(state, hidden)
+        ask = Ask(number == 0, not last, self.inspect)
+        bias, weights = key_bias_of(state, hidden), query_weights_of(state, hidden)
         call, parts = (hidden, args, kwargs), None
         if state.counts is not None and state.valid is not None and self._by_rows(state, call):
             groups = group_rows(state.counts, saving=self.saving)
@@ -322,7 +218,7 @@ class TokenRuntime:
                 read = [p for p in self.protected if -state.tokens <= p < state.tokens]
                 state.scatter = not bool(state.real[:, read].all())
         changed = self._frozen(state, hidden, new)
-        state.entering.append(_entering(state, hidden))
+        state.entering.append(entering_of(state, hidden))
         state.present.append((state.index, state.shown if number else state.real))
         if last:
             changed = self._finished(state, changed)
@@ -332,15 +228,15 @@ class TokenRuntime:
 
     def _in_groups(
         self,
-        state: _Forward,
+        state: Forward,
         groups: list[RowGroup],
         original: Callable[..., Any],
         name: str,
         call: tuple[Tensor, tuple[Any, ...], dict[str, Any]],
         bias: Tensor | None,
         weights: Tensor | None,
-        ask: _Ask,
-    ) -> tuple[Any, Heard, _Call] | None:
+        ask: Ask,
+    ) -> tuple[Any, Heard, LayerRun] | None:
         """A layer called once for each group of rows; the parts put together again.
 
         None if it returns more than the state: what that has to do with rows is not known.
@@ -393,21 +289,21 @@ class TokenRuntime:
         order = torch.tensor([row for group in groups for row in group.rows], device=hidden.device).argsort()
         together = torch.cat(states).index_select(0, order)
         received = torch.cat(scores).index_select(0, order) if scores else None
-        whole = _Call(decided.number, decided.decides, decided.tap, None, slots)
+        whole = LayerRun(decided.number, decided.decides, decided.tap, None, slots)
         whole.keep = torch.cat(keeps).index_select(0, order) if keeps else None
         return with_state(output, together), Heard(received), whole
 
     def _listen(
         self,
-        state: _Forward,
+        state: Forward,
         original: Callable[..., Any],
         name: str,
         call: tuple[Tensor, tuple[Any, ...], dict[str, Any]],
         bias: Tensor | None,
         weights: Tensor | None,
-        ask: _Ask,
+        ask: Ask,
         rows: Tensor | None = None,
-    ) -> tuple[Any, Heard, _Call]:
+    ) -> tuple[Any, Heard, LayerRun]:
         """One call of a layer with the tap on its attention."""
         hidden, args, kwargs = call
         tap = AttentionTap(
@@ -419,7 +315,7 @@ class TokenRuntime:
             wanted=ask.scores,
             inspect=ask.inspect,
         )
-        state.call = decided = _Call(state.layer - 1, ask.scores, tap, rows, hidden.shape[1])
+        state.call = decided = LayerRun(state.layer - 1, ask.scores, tap, rows, hidden.shape[1])
         try:
             # a mode costs time in every operation under it: it is on for the attention alone where that has a module
             with nullcontext() if self.stack.attention else tap:
@@ -465,14 +361,14 @@ class TokenRuntime:
             call.tail = None
         return tail.run(original, ends_here, args, kwargs, name)
 
-    def _enter_tail(self, state: _Forward, call: _Call, heard: Heard) -> None:
+    def _enter_tail(self, state: Forward, call: LayerRun, heard: Heard) -> None:
         """Decide, as far as the rest of the layer is concerned."""
         assert self.stack.tail is not None and heard.scores is not None
         if state.mode == "soft":
             assert self.soft is not None
             if self.soft.cumulative:  # as published a mask works at the end of its layer
                 call.soft = self._soft_masks(state, call.number, heard)
-                call.tail = TailPass(self.stack.tail, _rows(heard.scores), soft=call.soft[0])
+                call.tail = TailPass(self.stack.tail, shape_of(heard.scores), soft=call.soft[0])
             return
         call.keep = self._keep(state, call, heard)
         flat = None
@@ -480,9 +376,9 @@ class TokenRuntime:
             flat = call.keep.flatten().nonzero().squeeze(1)
             if flat.shape[0] > (1 - self.worthwhile) * call.keep.numel():
                 flat = None
-        call.tail = TailPass(self.stack.tail, _rows(call.keep), keep=call.keep, flat=flat)
+        call.tail = TailPass(self.stack.tail, shape_of(call.keep), keep=call.keep, flat=flat)
 
-    def _understand(self, state: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _understand(self, state: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Which dims of the arguments run over tokens; where that is open, all tokens stay in place in this forward."""
         for path, value in tensors_in(args, kwargs):
             if path == self.stack.state:
@@ -496,7 +392,7 @@ class TokenRuntime:
                 state.mode = "mask"
             state.dims[path] = dims or ()
 
-    def _by_rows(self, state: _Forward, call: tuple[Tensor, tuple[Any, ...], dict[str, Any]]) -> bool:
+    def _by_rows(self, state: Forward, call: tuple[Tensor, tuple[Any, ...], dict[str, Any]]) -> bool:
         """Whether it is known what of the arguments belongs to which row."""
         hidden, args, kwargs = call
         batch, slots = hidden.shape[:2]
@@ -535,7 +431,7 @@ class TokenRuntime:
         return protected if mask is None else protected | mask.to(hidden.device)
 
     def _narrowed(
-        self, state: _Forward, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, state: Forward, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments with what belongs to tokens that are gone taken out."""
         index = state.index
@@ -556,7 +452,7 @@ class TokenRuntime:
 
         return with_tensors(args, kwargs, visit)
 
-    def _dims(self, state: _Forward, path: str, value: Tensor, tokens: int) -> tuple[int, ...]:
+    def _dims(self, state: Forward, path: str, value: Tensor, tokens: int) -> tuple[int, ...]:
         """Dims of an argument that run over ``tokens`` tokens."""
         dims = state.dims.get(path)
         if dims is None:
@@ -572,7 +468,7 @@ class TokenRuntime:
     def _of_size(self, value: Tensor, dims: tuple[int, ...], tokens: int) -> tuple[int, ...]:
         return tuple(dim % value.dim() for dim in dims if -dim <= value.dim() and value.shape[dim] == tokens)
 
-    def _frozen(self, state: _Forward, hidden: Tensor, new: Tensor) -> Tensor:
+    def _frozen(self, state: Forward, hidden: Tensor, new: Tensor) -> Tensor:
         """Tokens that were pruned before this layer keep the state that they had."""
         if state.mode == "soft":
             if state.log_mask is None or state.mask is None:
@@ -584,7 +480,7 @@ class TokenRuntime:
 
     # Decisions
 
-    def _decided(self, state: _Forward, heard: Heard, call: _Call, hidden: Tensor) -> Tensor:
+    def _decided(self, state: Forward, heard: Heard, call: LayerRun, hidden: Tensor) -> Tensor:
         if state.mode == "soft":
             assert heard.scores is not None
             state.mask, state.log_mask = call.soft or self._soft_masks(state, call.number, heard)
@@ -592,7 +488,7 @@ class TokenRuntime:
             return hidden if state.log_mask is not None else hidden * state.mask.unsqueeze(-1).to(hidden.dtype)
         keep = self._keep(state, call, heard) if call.keep is None else call.keep
         if self.policy.accumulated and heard.scores is not None:
-            state.accumulated = _summed(state.accumulated, heard.scores)
+            state.accumulated = summed(state.accumulated, heard.scores)
         if state.mode == "gather":
             packing = repack(keep, self.multiple)
             if sum(packing.counts) <= (1 - self.worthwhile) * keep.numel():
@@ -600,7 +496,7 @@ class TokenRuntime:
         state.shown, state.frozen = keep, True
         return hidden
 
-    def _keep(self, state: _Forward, call: _Call, heard: Heard) -> Tensor:
+    def _keep(self, state: Forward, call: LayerRun, heard: Heard) -> Tensor:
         """Which of the tokens in a call stay, bool (rows, slots)."""
         assert heard.scores is not None
         active = heard.real if call.number == 0 else None if state.shown is None else call.own(state.shown)
@@ -613,10 +509,12 @@ class TokenRuntime:
             return keep if protected is None else keep | (protected & active)
         scores = heard.scores.detach()
         if self.policy.accumulated:
-            scores = _summed(None if state.accumulated is None else call.own(state.accumulated), scores)
-        return self.policy.keep(call.number, scores, active, _real_count(state, heard, call), protected, self.min_keep)
+            scores = summed(None if state.accumulated is None else call.own(state.accumulated), scores)
+        return self.policy.keep(
+            call.number, scores, active, real_count_of(state, heard, call), protected, self.min_keep
+        )
 
-    def _gathered(self, state: _Forward, packing: Repacking, hidden: Tensor) -> Tensor:
+    def _gathered(self, state: Forward, packing: Repacking, hidden: Tensor) -> Tensor:
         if state.scatter and self.fill == "state":
             state.stages.append((hidden, state.index, state.valid))
         state.index = packing.index if state.index is None else state.index.gather(1, packing.index)
@@ -630,7 +528,7 @@ class TokenRuntime:
             state.accumulated = state.accumulated.gather(1, packing.index)
         return gather_states(hidden, packing)
 
-    def _soft_masks(self, state: _Forward, number: int, heard: Heard) -> tuple[Tensor, Tensor | None]:
+    def _soft_masks(self, state: Forward, number: int, heard: Heard) -> tuple[Tensor, Tensor | None]:
         """The mask after a decision, and its logarithm if keys are to be masked with it, both (batch, tokens)."""
         soft, scores = self.soft, heard.scores
         assert soft is not None and scores is not None
@@ -662,7 +560,7 @@ class TokenRuntime:
 
     # The end
 
-    def _finished(self, state: _Forward, hidden: Tensor) -> Tensor:
+    def _finished(self, state: Forward, hidden: Tensor) -> Tensor:
         self.counts = TokenCounts(
             torch.stack(state.entering), state.real_count(hidden), state.tokens, state.masks, state.present
         )
@@ -676,7 +574,7 @@ class TokenRuntime:
             full = scatter_states(full, states, index, valid)
         return scatter_states(full, hidden, state.index, state.valid)
 
-    def _with_mean(self, state: _Forward, hidden: Tensor) -> Tensor:
+    def _with_mean(self, state: Forward, hidden: Tensor) -> Tensor:
         """The states after the last layer, with their mean in the place of tokens that left."""
         if state.mode == "soft":
             stays = state.mask
@@ -717,251 +615,4 @@ class TokenRuntime:
         vars(self).update(state, _local=threading.local())
 
 
-@dataclass(frozen=True)
-class _Ask:
-    """What the tap is to find out."""
-
-    real: bool
-    scores: bool
-    inspect: bool
-
-
-def _rows(value: Tensor) -> tuple[int, int]:
-    return value.shape[0], value.shape[1]
-
-
-def _summed(before: Tensor | None, scores: Tensor) -> Tensor:
-    return scores.detach() if before is None else before + scores.detach()
-
-
-def _real_count(state: _Forward, heard: Heard, call: _Call) -> Tensor:
-    """Number of real tokens of each row of a call, int64 (rows,)."""
-    real = heard.real if call.number == 0 else state.real
-    if real is not None:
-        count = real.sum(1)
-        return count if call.rows is None else count.index_select(0, call.rows)
-    rows = state.batch if call.rows is None else call.rows.shape[0]
-    assert heard.scores is not None
-    return torch.full((rows,), state.tokens, device=heard.scores.device)
-
-
-def _key_bias(state: _Forward, hidden: Tensor) -> Tensor | None:
-    if state.log_mask is not None:
-        return state.log_mask
-    if state.mode == "soft" or state.shown is None:
-        return None
-    bias = torch.zeros(state.shown.shape, dtype=hidden.dtype, device=hidden.device)
-    return bias.masked_fill(~state.shown, -torch.inf)
-
-
-def _query_weights(state: _Forward, hidden: Tensor) -> Tensor | None:
-    if state.mode != "soft":
-        return None if state.shown is None else state.shown.to(hidden.dtype)
-    real = None if state.real is None else state.real.to(hidden.dtype)
-    if state.log_mask is None or state.mask is None:
-        return real
-    return state.mask if real is None else state.mask * real
-
-
-def _entering(state: _Forward, hidden: Tensor) -> Tensor:
-    """Number of tokens that entered the layer, (batch,)."""
-    if state.mode == "soft" and state.mask is not None:
-        return (state.mask if state.real is None else state.mask * state.real).sum(1)
-    if state.mode != "soft" and state.shown is not None:
-        return state.shown.sum(1).float()
-    if state.index is not None:
-        return torch.full((state.batch,), float(hidden.shape[1]), device=hidden.device)
-    return state.real_count(hidden)
-
-
-@torch._disable_dynamo
-def _tokens_leave_outside_the_graph(function: Callable[..., Any], *args: Any) -> Any:
-    """How many tokens stay is known at run time only: `torch.compile` compiles what is around the layers.
-
-    With torch's own decorator: `torch.compiler.disable` takes seconds to import where nothing is compiled, too.
-    """
-    return function(*args)
-
-
-@dataclass(eq=False)
-class _CheckCall:
-    """Forward pre-hook of the model, the owner, and modules between: a call that needs all tokens is refused."""
-
-    runtime: TokenRuntime
-    owner: nn.Module  # its training flag decides what runs
-    names: list[str]  # of the module's arguments
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            _tokens_leave_outside_the_graph(self.check, module, args, kwargs)
-        else:
-            self.check(module, args, kwargs)
-
-    def check(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if getattr(module, "_is_replica", False):  # its forwards are those of the original, with weights elsewhere
-            raise TokenPruningError(
-                "Expected a model on one device for token pruning, but DataParallel has copied it to several. Use "
-                "DistributedDataParallel, or take token pruning off (remove_tokens)."
-            )
-        if tokens_are_off() or self.runtime.will_run(self.owner.training) == "off":
-            return
-        config = getattr(module, "config", None)
-        for name in WHOLE:
-            value = args[self.names.index(name)] if name in self.names[: len(args)] else kwargs.get(name)
-            if getattr(config, name, False) if value is None else value:
-                raise TokenPruningError(
-                    f"Expected a call without {name}=True, because with pruned tokens every layer has another number "
-                    'of them. Set runtime.mode = "off" (token_runtime(model)) to look at the model with all tokens.'
-                )
-
-
-@dataclass(eq=False)
-class _Forwarded:
-    """What stands in for the forward of a module on the instance."""
-
-    runtime: TokenRuntime
-    module: nn.Module
-    name: str
-    previous: Any = None  # a forward that was set on the instance before
-
-    def original(self) -> Callable[..., Any]:
-        return self.previous if self.previous is not None else type(self.module).forward.__get__(self.module)
-
-    def __post_init__(self) -> None:
-        # callers that look at the signature of a forward do so in every call
-        self.__signature__ = inspect.signature(self.original())
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (
-            _tokens_leave_outside_the_graph(self.run, args, kwargs)
-            if torch.compiler.is_compiling()
-            else self.run(args, kwargs)
-        )
-
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raise NotImplementedError
-
-
-class _OwnerForward(_Forwarded):
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.runtime.run_owner(self.original(), self.module.training, args, kwargs)
-
-
-class _LayerForward(_Forwarded):
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.runtime.run_layer(self.original(), self.name, args, kwargs)
-
-
-class _AttentionForward(_Forwarded):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.runtime.run_attention(self.original(), args, kwargs)
-
-
-class _TailForward(_Forwarded):
-    ends: tuple[bool, bool] = (False, False)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.runtime.run_tail(self.original(), self.name, self.ends, args, kwargs)
-
-
-def token_runtime(model: nn.Module) -> TokenRuntime | None:
-    """The runtime that is installed on ``model``; None if there is none."""
-    return vars(model).get(RUNTIME)
-
-
-def check_not_wrapped(model: nn.Module) -> None:
-    """Raise TokenPruningError for a scripted module, or one with the names of ``torch.compile``."""
-    try:
-        check_names(model)
-    except SurgeryError as failure:
-        raise TokenPruningError(str(failure)) from failure
-
-
-def install_tokens(model: nn.Module, runtime: TokenRuntime) -> TokenRuntime:
-    """Put a runtime on ``model``: from now on its forwards prune tokens.
-
-    Args:
-        model: the model that the stack was found in.
-        runtime: its stack's modules must be there.
-
-    Returns:
-        The runtime.
-
-    Raises:
-        TokenPruningError: if the model has one already, or lacks a module of the stack; it is unchanged then.
-    """
-    check_not_wrapped(model)
-    if token_runtime(model) is not None:
-        raise TokenPruningError(
-            "Expected a model without token pruning, but it has a runtime already. Take it off first: "
-            "remove_tokens(model)."
-        )
-    modules = dict(model.named_modules())
-    distinct = tuple(dict.fromkeys(runtime.stack.layers))
-    tails = {path: ends for layer in distinct for path, *ends in tail_names(runtime.stack, layer)}
-    attention = [f"{layer}.{runtime.stack.attention}" for layer in distinct] if runtime.stack.attention else []
-    wanted = [runtime.stack.owner, *distinct, *attention, *tails]
-    missing = [name for name in wanted if name not in modules]
-    if missing:
-        raise TokenPruningError(
-            f"Expected a model with the modules {missing[:3]} of the stack, but {type(model).__name__} has none of "
-            "these names."
-        )
-    for name in wanted:
-        if isinstance(vars(modules[name]).get("forward"), _Forwarded):
-            raise TokenPruningError(
-                f"Expected a model without token pruning, but {name!r} in it has a runtime, installed on a part of the "
-                "model. Take it off there first: remove_tokens(part)."
-            )
-    owner = modules[runtime.stack.owner]
-    _replace(_OwnerForward(runtime, owner, runtime.stack.owner, vars(owner).get("forward")))
-    for name in distinct:
-        layer = modules[name]
-        _replace(_LayerForward(runtime, layer, name, vars(layer).get("forward")))
-    for name in attention:
-        _replace(_AttentionForward(runtime, modules[name], name, vars(modules[name]).get("forward")))
-    for name, (begins, ends) in tails.items():
-        part = modules[name]
-        forward = _TailForward(runtime, part, name, vars(part).get("forward"))
-        forward.ends = (begins, ends)
-        _replace(forward)
-    vars(model)[RUNTIME] = runtime
-    path = runtime.stack.owner.split(".") if runtime.stack.owner else []
-    for name in (".".join(path[:depth]) for depth in range(len(path) + 1)):
-        names = list(inspect.signature(modules[name].forward).parameters)
-        modules[name].register_forward_pre_hook(_CheckCall(runtime, owner, names), with_kwargs=True)
-    return runtime
-
-
-def _replace(forward: _Forwarded) -> None:
-    vars(forward.module)["forward"] = forward
-
-
-def remove_tokens(model: nn.Module) -> TokenRuntime | None:
-    """Take the runtime off ``model``: all tokens take part again. Returns it, or None if there was none."""
-    runtime = vars(model).pop(RUNTIME, None)
-    if runtime is None:
-        return None
-    for module in model.modules():
-        forward = vars(module).get("forward")
-        if isinstance(forward, _Forwarded) and forward.runtime is runtime:
-            del vars(module)["forward"]
-            if forward.previous is not None:
-                vars(module)["forward"] = forward.previous
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _CheckCall) and hook.runtime is runtime:
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-    return runtime
-
-
-__all__ = [
-    "MODES",
-    "Mode",
-    "SoftPruning",
-    "TokenCounts",
-    "TokenRuntime",
-    "install_tokens",
-    "remove_tokens",
-    "token_runtime",
-]
+__all__ = ["FILLS", "MODES", "Fill", "Mode", "TokenRuntime"]

@@ -104,9 +104,7 @@ def test_a_shift_brings_a_cost_to_its_target_and_the_loss_decides_the_rest() -> 
     kept = torch.sigmoid(-learner.thresholds.detach())
     assert float(kept.mean()) == pytest.approx(0.3, abs=0.01)
     assert kept[0] > 0.4 and kept[1] < 0.2
-    assert float(learner.offsets.detach().sum()) == pytest.approx(
-        0.0, abs=1e-4
-    )  # the rest is the shift
+    assert float(learner.offsets.detach().sum()) == pytest.approx(0.0, abs=1e-4)  # the rest is the shift
 
 
 def test_a_shift_is_bounded_in_a_step() -> None:

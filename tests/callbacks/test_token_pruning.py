@@ -21,7 +21,8 @@ from lightning_compress import (
 from lightning_compress.callbacks.example import ExampleCall
 from lightning_compress.callbacks.token_calls import KEPT
 from lightning_compress.token_policies import Thresholds, TopK
-from lightning_compress.tokens.runtime import TokenRuntime, token_runtime
+from lightning_compress.tokens.install import token_runtime
+from lightning_compress.tokens.runtime import TokenRuntime
 from tests.callbacks.modules import MLP, Classifier, trainer
 from tests.callbacks.processes import in_processes, parallel
 from tests.callbacks.token_modules import Encoder, Reader, sentences

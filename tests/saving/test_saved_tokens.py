@@ -13,9 +13,10 @@ from transformers import BertConfig, BertForSequenceClassification
 from lightning_compress import PruningPlan, apply_plan, discover
 from lightning_compress.saving import load_compressed, save_compressed
 from lightning_compress.token_policies import Thresholds, TopK
+from lightning_compress.tokens.install import install_tokens, remove_tokens, token_runtime
 from lightning_compress.tokens.proof import prove_tokens
 from lightning_compress.tokens.record import read_token_record, token_records
-from lightning_compress.tokens.runtime import TokenRuntime, install_tokens, remove_tokens, token_runtime
+from lightning_compress.tokens.runtime import TokenRuntime
 from tests.saving.test_fuzz import ODD, places
 
 KWARGS = {"input_ids": torch.randint(5, 60, (4, 12), generator=torch.Generator().manual_seed(0))}

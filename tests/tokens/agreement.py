@@ -10,8 +10,10 @@ from torch import nn
 
 from lightning_compress.surgery.precision import DoublePrecision
 from lightning_compress.token_policies import Thresholds, TokenPolicy
+from lightning_compress.tokens.forward import TokenCounts
+from lightning_compress.tokens.install import install_tokens, remove_tokens
 from lightning_compress.tokens.proof import ProvenTokens, prove_tokens
-from lightning_compress.tokens.runtime import TokenCounts, TokenRuntime, install_tokens, remove_tokens
+from lightning_compress.tokens.runtime import TokenRuntime
 from tests.tokens.encoders import CALLS, Call, built, furthest
 
 EXACT = 1e-10

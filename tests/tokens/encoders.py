@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.token_policies import TokenPolicy
+from lightning_compress.tokens.install import install_tokens, remove_tokens
 from lightning_compress.tokens.proof import ProvenTokens
-from lightning_compress.tokens.runtime import TokenRuntime, install_tokens, remove_tokens
+from lightning_compress.tokens.runtime import TokenRuntime
 
 VOCABULARY, WIDTH, HEADS, LAYERS, LENGTH = 60, 24, 3, 3, 11
 Call = dict[str, Any]

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from lightning_compress.token_policies import Thresholds, TopK
 from lightning_compress.tokens.errors import TokenPruningError
+from lightning_compress.tokens.forward import SoftPruning
+from lightning_compress.tokens.install import install_tokens, remove_tokens
 from lightning_compress.tokens.proof import ProvenTokens, prove_tokens
 from lightning_compress.tokens.record import read_token_record, token_records
-from lightning_compress.tokens.runtime import SoftPruning, TokenRuntime, install_tokens, remove_tokens
+from lightning_compress.tokens.runtime import TokenRuntime
 from tests.tokens.encoders import WIDTH, built, furthest, outputs, shaken, states, words
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lightning_compress.surgery.precision import DoublePrecision
 from lightning_compress.token_policies import KeepAll, Thresholds
+from lightning_compress.tokens.forward import SoftPruning
+from lightning_compress.tokens.install import install_tokens
 from lightning_compress.tokens.proof import prove_tokens
-from lightning_compress.tokens.runtime import SoftPruning, install_tokens
 from lightning_compress.tokens.tap import AttentionTap
 from tests.tokens.agreement import EXACT, POLICY, proven, run
 from tests.tokens.encoders import CALLS, LAYERS, Encoder, furthest, states

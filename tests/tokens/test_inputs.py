@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from lightning_compress.token_policies import Thresholds, TokenPolicy, TopK
 from lightning_compress.tokens.errors import TokenPruningError
+from lightning_compress.tokens.forward import SoftPruning
+from lightning_compress.tokens.install import install_tokens, remove_tokens
 from lightning_compress.tokens.proof import prove_tokens
-from lightning_compress.tokens.runtime import SoftPruning, install_tokens, remove_tokens
 from tests.tokens.agreement import EXACT, POLICY, agree, proven, run
 from tests.tokens.encoders import LAYERS, WIDTH, Call, Encoder, furthest, shaken, states, words
 

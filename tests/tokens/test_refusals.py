@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_compress.tokens.errors import TokenPruningError
+from lightning_compress.tokens.install import install_tokens, remove_tokens
 from lightning_compress.tokens.proof import prove_tokens
-from lightning_compress.tokens.runtime import install_tokens, remove_tokens
 from tests.tokens.agreement import POLICY, proven
 from tests.tokens.encoders import CALLS, LAYERS, LENGTH, WIDTH, Encoder, shaken, states, words
 

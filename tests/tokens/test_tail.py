@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from lightning_compress.token_policies import Thresholds, TopK
 from lightning_compress.tokens.costs import LayerCosts
 from lightning_compress.tokens.errors import TokenPruningError
+from lightning_compress.tokens.forward import SoftPruning
+from lightning_compress.tokens.install import install_tokens, remove_tokens
 from lightning_compress.tokens.proof import prove_tokens
 from lightning_compress.tokens.record import read_token_record, token_records
-from lightning_compress.tokens.runtime import SoftPruning, install_tokens, remove_tokens
 from lightning_compress.tokens.stack import TokenTail
 from lightning_compress.tokens.stack_costs import stack_costs
 from tests.tokens.encoders import CALLS, WIDTH, built, furthest, lengths, outputs, shaken

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lightning_compress.surgery.precision import DoublePrecision
 from lightning_compress.token_policies import KeepAll, Thresholds, TopK
+from lightning_compress.tokens.forward import SoftPruning
+from lightning_compress.tokens.install import install_tokens, remove_tokens
 from lightning_compress.tokens.proof import ProvenTokens, prove_tokens
-from lightning_compress.tokens.runtime import SoftPruning, install_tokens, remove_tokens
 from tests.tokens.encoders import BUILD, CALLS, LAYERS, LENGTH, Encoder, built, furthest, outputs, shaken, states
 
 EXACT = 1e-10

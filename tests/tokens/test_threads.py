@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_compress.token_switch import tokens_off
 from lightning_compress.tokens.errors import TokenPruningError
-from lightning_compress.tokens.runtime import install_tokens, remove_tokens
+from lightning_compress.tokens.install import install_tokens, remove_tokens
 from tests.tokens.agreement import EXACT, POLICY, agree, proven, run
 from tests.tokens.encoders import CALLS, furthest, states
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_compress.tokens.errors import TokenPruningError
+from lightning_compress.tokens.install import install_tokens, remove_tokens, token_runtime
 from lightning_compress.tokens.proof import prove_tokens
-from lightning_compress.tokens.runtime import TokenRuntime, install_tokens, remove_tokens, token_runtime
+from lightning_compress.tokens.runtime import TokenRuntime
 from tests.tokens.agreement import EXACT, POLICY, proven
 from tests.tokens.encoders import CALLS, Encoder, built, furthest, shaken, states
 
