@@ -14,7 +14,6 @@ from torch.utils import _pytree as pytree
 
 from lightning_compress.callbacks.example import ExampleCall, undisturbed
 from lightning_compress.callbacks.processes import Processes
-from lightning_compress.token_switch import tokens_off
 from lightning_compress.tokens.costs import LayerCosts
 from lightning_compress.tokens.distribution import TokenDistribution
 from lightning_compress.tokens.runtime import TokenRuntime
@@ -101,41 +100,4 @@ def measure_tokens(
     return TokenDistribution.together([TokenDistribution(entering, real, costs) for entering, real in parts])
 
 
-def output_change(
-    traced: nn.Module,
-    runtime: TokenRuntime,
-    calls: list[TokenCall],
-    processes: Processes,
-    context: AbstractContextManager[Any],
-) -> float:
-    r"""By how much the policy of ``runtime``, installed on ``traced``, changes outputs in all processes.
-
-    .. math:: \frac{\sum (y - y_{\text{all tokens}})^2}{\sum y_{\text{all tokens}}^2}
-    """
-
-    def floating(output: Any) -> list[Tensor]:
-        return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-
-    def measured() -> Tensor:
-        before, change = runtime.protected_mask, torch.zeros(2, dtype=torch.float64)
-        try:
-            with torch.inference_mode(False), torch.no_grad(), undisturbed(traced), context:
-                for kept in calls:
-                    runtime.protected_mask = kept.protected
-                    outputs = floating(traced(*kept.call.args, **kept.call.kwargs))
-                    with tokens_off():
-                        whole = floating(traced(*kept.call.args, **kept.call.kwargs))
-                    for one, other in zip(outputs, whole, strict=True):
-                        if one.shape == other.shape:
-                            one, other = one.double(), other.double()
-                            change += torch.stack([(one - other).square().sum(), other.square().sum()]).cpu()
-        finally:
-            runtime.protected_mask = before
-        return change
-
-    what = "measure what pruned tokens change"
-    change = sum(processes.gather(what, processes.together(what, measured)), torch.zeros(2, dtype=torch.float64))
-    return float(change[0] / change[1]) if float(change[1]) > 0 else 0.0
-
-
-__all__ = ["KEPT", "RecentCalls", "TokenCall", "measure_tokens", "output_change"]
+__all__ = ["KEPT", "RecentCalls", "TokenCall", "measure_tokens"]

@@ -33,23 +33,20 @@ from lightning_compress.callbacks.token_calls import (
     RecentCalls,
     TokenCall,
     measure_tokens,
-    output_change,
 )
 from lightning_compress.callbacks.token_record import TokenSetup, install_state, runtime_state
 from lightning_compress.callbacks.token_schedule import (
     PAPER_STRENGTH,
-    SLOPES,
     WHOLE,
     Mode,
-    Slope,
     SoftSchedule,
 )
-from lightning_compress.callbacks.token_targets import TOLERANCE, Family, Measure, meet, ramped, shifted, top_k_for
+from lightning_compress.callbacks.token_targets import TOLERANCE, Measure, meet, ramped, shifted, top_k_for
 from lightning_compress.callbacks.token_thresholds import ThresholdLearner
 from lightning_compress.callbacks.training_step import with_loss, wrap_training_step
 from lightning_compress.report import TokenSummary
 from lightning_compress.token_policies import KeepAll, Thresholds, TokenPolicy
-from lightning_compress.tokens.costs import LayerCosts
+from lightning_compress.tokens.costs import LayerCosts, relative_macs
 from lightning_compress.tokens.distribution import TokenDistribution
 from lightning_compress.tokens.forward import SoftPruning, TokenCounts
 from lightning_compress.tokens.install import install_tokens, remove_tokens
@@ -60,8 +57,7 @@ from lightning_compress.tokens.stack_costs import stack_costs
 
 Method = Literal["learned", "top_k", "linear"]
 Stage = Literal["before", "soft", "hard"]
-SLOPE_TOLERANCE = 0.1  # of the budget: few batches have few tokens
-SLOPE_CALLS = 4  # batches on which ways to spread the budget are compared
+WHOLE_PART = 0.7  # of the budget: what the other layers must be able to come down to
 LATE = 0.9  # part of the hard stage after which the budget is looked at once more, before the end
 
 
@@ -483,8 +479,7 @@ class TokenPruning(Callback):
             TokenRuntime(setup.stack, KeepAll(), setup.protected, self.min_keep, setup.scatter, fill=setup.fill),
         )
         if self.method == "learned":
-            spreads = self._observe(trainer, decisions)
-            values, scales = self.schedule.first_thresholds(spreads, self._slope(trainer, spreads))
+            values, scales = self._first(trainer, decisions)
             self._learner = ThresholdLearner(values, pl_module.device, scales)
             self._runtime.policy = Thresholds(self._learner.values, self.schedule.among_rest)
         self._stage = "soft" if self.method == "learned" else "hard"
@@ -492,56 +487,22 @@ class TokenPruning(Callback):
         if self._stage == "hard":
             self._calibrate(trainer, pl_module)
 
-    def _observe(self, trainer: pl.Trainer, decisions: int) -> list[ScoreSpread]:
-        """How far the scores of each layer are apart, on the last batches."""
-        session, runtime = self._joined(), self._runtime
-        assert runtime is not None and session.traced is not None and self._setup is not None
+    def _first(self, trainer: pl.Trainer, decisions: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The first thresholds and their scales, by the scores of the last batches."""
+        session, runtime, calls, setup = self._joined(), self._runtime, self._measured_calls(), self._setup
+        assert runtime is not None and session.traced is not None and setup is not None
         runtime.policy = observer = ScoreObserver(decisions)
-        context, calls = trainer.precision_plugin.forward_context(), self._measured_calls()
+        whole = decisions > 1
         if calls:
-            measure_tokens(session.traced, runtime, calls, self._setup.costs, session.processes, context)
-        found = session.processes.mean("average the spread of scores", observer.spreads())
-        return [ScoreSpread(*row) for row in found.tolist()]
-
-    def _slope(self, trainer: pl.Trainer, spreads: list[ScoreSpread]) -> Slope:
-        """How the budget is best spread over the depth before anything is learned: what changes outputs least."""
-        if self.macs is None or self.mode != "recommended":
-            return Slope()
-        slopes = SLOPES if len(spreads) > 1 else (Slope(),)
-        return slopes[self._least_change(trainer, [(slope.at(spreads), -1.0) for slope in slopes], self.macs)]
-
-    def _settled(self, trainer: pl.Trainer, learned: Thresholds, learner: ThresholdLearner) -> Thresholds:
-        """The thresholds to go on with: those learned, unless others change the outputs of the last batches less.
-
-        The soft stage may have been too short, or its first batch, by which the slope was chosen, too small.
-        """
-        macs = self.macs
-        if macs is None or self.mode != "recommended" or len(learned.values) < 2:
-            return learned
-        scales = tuple(learner.scales.tolist())
-        spreads = self._observe(trainer, len(scales))
-        families = [(shifted(learned, scales), 0.0), *((slope.at(spreads), -1.0) for slope in SLOPES)]
-        family, start = families[self._least_change(trainer, families, macs)]
-        policy = family(start)
-        assert isinstance(policy, Thresholds)
-        return policy
-
-    def _least_change(self, trainer: pl.Trainer, families: Sequence[tuple[Family, float]], macs: float) -> int:
-        """Which family of policies, with a number to begin with, meets the budget with the least change of outputs."""
-        session, runtime, calls = self._joined(), self._runtime, self._measured_calls()[-SLOPE_CALLS:]
-        assert runtime is not None and session.traced is not None and self._setup is not None
-        traced, costs, context = session.traced, self._setup.costs, trainer.precision_plugin.forward_context
-
-        def measure(policy: TokenPolicy) -> float:
-            runtime.policy = policy
-            return measure_tokens(traced, runtime, calls, costs, session.processes, context()).relative_macs
-
-        changes: dict[int, float] = {}
-        for number, (family, start) in enumerate(families if calls else ()):
-            runtime.policy, cost = meet(measure, family, start, 0.25, macs)
-            if abs(cost - macs) <= SLOPE_TOLERANCE * macs:
-                changes[number] = output_change(traced, runtime, calls, session.processes, context())
-        return min(changes, key=lambda number: changes[number], default=0)
+            context = trainer.precision_plugin.forward_context()
+            found = measure_tokens(session.traced, runtime, calls, setup.costs, session.processes, context)
+            if self.macs is not None:
+                # the first layer may let every token through if the others can still meet the budget
+                entering = found.entering.clone()
+                entering[2:] = min(1.0, float(found.real.min()))
+                whole = whole and relative_macs(setup.costs, entering, found.real) <= WHOLE_PART * self.macs
+        spreads = session.processes.mean("average the spread of scores", observer.spreads()).tolist()
+        return self.schedule.first_thresholds([ScoreSpread(*row) for row in spreads], whole)
 
     def _measured_calls(self) -> list[TokenCall]:
         session = self._joined()
@@ -551,10 +512,9 @@ class TokenPruning(Callback):
         """Calibrate the thresholds and fix them; from now on tokens leave in training, too."""
         runtime, learner = self._runtime, self._learner
         assert runtime is not None and learner is not None
-        learned = Thresholds(learner.values, self.schedule.among_rest)
+        runtime.policy = Thresholds(learner.values, self.schedule.among_rest)
         self._stage = "hard"
         runtime.train_mode, runtime.soft = "gather", None
-        runtime.policy = self._settled(trainer, learned, learner)
         self._calibrate(trainer, pl_module)
 
     def _check_budget(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_compress.token_policies import Thresholds
 from lightning_compress.token_scores import from_padded_scale, linear_ramp
 from lightning_compress.tokens.observation import ScoreSpread
 
@@ -22,42 +21,13 @@ PAPER_STRENGTH = 0.1
 TRAVEL = 8.0  # how far a threshold must be able to go in the soft stage where nothing else moves it, in scales
 LEARNING_RATE = 1e-2  # the same, in a step at least
 FINE_RATE = 2e-3  # where a budget shifts them, and only differences are learned
+TILT = 1.0  # by so many scales the first thresholds are lower, and the last ones higher, than those in the middle
 BELOW = 4.0  # so many scales below the median score of its layer a threshold begins
 LAST_PART = 2 / 3  # from here on the target is met
 # From here on decisions are hard in the forward pass. Before that a mask that is the same for all tokens costs the task
 # nothing, as a softmax and a weighted mean do not see it, but it is as cheap as half of the tokens: so not for long.
 STRAIGHT_PART = 0.2
 WHOLE = -1e4  # a threshold that no score lies below
-
-
-@dataclass(frozen=True)
-class Slope:
-    """How a budget is spread over the depth.
-
-    Args:
-        tilt: by so many spreads the first threshold is lower than the middle one, and the last one higher. With zero
-            every layer takes about the same share of the tokens that it gets.
-        whole: whether the first layer, whose attention knows words and no context, lets every token through.
-    """
-
-    tilt: float = 0.0
-    whole: bool = False
-
-    def at(self, spreads: Sequence[ScoreSpread]) -> Callable[[float], Thresholds]:
-        """Thresholds for the scores of each layer that decides, a number of spreads above their medians."""
-        first = int(self.whole)
-        last = max(1, len(spreads) - 1 - first)
-
-        def policy(shift: float) -> Thresholds:
-            values = [
-                s.median + (shift + self.tilt * (2 * (n - first) / last - 1)) * s.spread for n, s in enumerate(spreads)
-            ]
-            return Thresholds((WHOLE, *values[1:]) if self.whole else tuple(values), among_rest=True)
-
-        return policy
-
-
-SLOPES = tuple(Slope(tilt, whole) for whole in (True, False) for tilt in (0.0, 0.3, 0.6))  # what is tried
 
 
 @dataclass(frozen=True)
@@ -114,23 +84,29 @@ class SoftSchedule:
         return FINE_RATE if budget else max(LEARNING_RATE, TRAVEL / max(1.0, steps))
 
     def first_thresholds(
-        self, spreads: Sequence[ScoreSpread], slope: Slope
+        self, spreads: Sequence[ScoreSpread], whole: bool = False
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Thresholds at the begin, one after each layer but the last, and their scales.
 
         Deep layers give most of their attention to a few tokens, so that the scores of all others are small and alike:
         a temperature and a threshold in units of the mean would take all of them or none. So both are in units of the
-        spread of the layer's own scores, and begin where hardly any token is touched. As published they are a ramp, and
-        the first layer lets every token through, whatever its threshold becomes.
+        spread of the layer's own scores, and begin where hardly any token is touched: lower in the first layers and
+        higher in the last ones, which can do with fewer tokens. As published they are a ramp, and the first layer lets
+        every token through, whatever its threshold becomes.
 
         Args:
             spreads: of the scores of each layer that decides.
-            slope: how they differ over the depth.
+            whole: whether the first layer, whose attention knows words and no context, lets every token through.
         """
-        if self.mode == "recommended":
-            return slope.at(spreads)(-BELOW).values, tuple(s.spread for s in spreads)
-        ramp = linear_ramp(from_padded_scale(PAPER_FINAL_THRESHOLD, PADDED_LENGTH), len(spreads) + 1)[: len(spreads)]
-        return (WHOLE, *ramp[1:]), (1.0,) * len(spreads)
+        if self.mode == "faithful":
+            final = from_padded_scale(PAPER_FINAL_THRESHOLD, PADDED_LENGTH)
+            ramp = linear_ramp(final, len(spreads) + 1)[: len(spreads)]
+            return (WHOLE, *ramp[1:]), (1.0,) * len(spreads)
+        first = int(whole)
+        last = max(1, len(spreads) - 1 - first)
+        slope = (TILT * (2 * (n - first) / last - 1) - BELOW for n in range(len(spreads)))
+        values = tuple(s.median + x * s.spread for s, x in zip(spreads, slope, strict=True))
+        return (WHOLE, *values[1:]) if whole else values, tuple(s.spread for s in spreads)
 
 
 __all__ = [

