@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -607,7 +608,8 @@ class TokenRuntime:
     # Copies have no forward under way, and no graph of the last one
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {**vars(self), "counts": None, "protected_mask": None}
+        soft = None if self.soft is None else replace(self.soft, thresholds=self.soft.thresholds.detach())
+        kept = {**vars(self), "counts": None, "protected_mask": None, "soft": soft}
         del kept["_local"]
         return kept
 

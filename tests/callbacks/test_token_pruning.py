@@ -151,11 +151,11 @@ def test_thresholds_are_no_parameters_of_the_module_and_move_with_real_steps_onl
     assert set(module.state_dict()) == names
     # 2 steps an epoch in 4 epochs; the last one is followed by the hard stage
     assert len(set(diary.thresholds)) == 8
-    assert abs(diary.thresholds[-1][0] - diary.thresholds[0][0]) > 0.1  # not clipped with the weights
+    assert abs(diary.thresholds[-1][1] - diary.thresholds[0][1]) > 0.1  # not clipped with the weights
 
 
 def test_protected_tokens_stay() -> None:
-    callback = TokenPruning(macs=0.5, protected_mask="keep", method="top_k")
+    callback = TokenPruning(macs=0.49, protected_mask="keep", method="top_k")
     module = Reader()
     fit(module, callback)
     runtime = runtime_of(module)

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from lightning_compress import CompressionReport, FinalizeCompression, TokenPruning
+from lightning_compress.callbacks.token_calls import KEPT
 from tests.callbacks.modules import trainer
 from tests.callbacks.processes import in_processes, parallel
 from tests.callbacks.test_token_pruning import Save
@@ -49,7 +50,7 @@ def test_alone_it_prints_and_logs_its_own_summary(tmp_path: Path, capsys: pytest
     assert found is not None
     assert found.macs_kept == pytest.approx(callback.relative_macs, rel=1e-12)
     assert found.kept_per_layer == callback.kept_per_layer
-    assert (found.policy, found.examples, found.dense_macs) == ("thresholds", 64, None)
+    assert (found.policy, found.examples, found.dense_macs) == ("thresholds", 8 * KEPT, None)
     assert callback.policy is not None
     assert list(found.values) == callback.policy.state()["values"]
     assert capsys.readouterr().out.count(str(found)) == 1
@@ -150,5 +151,5 @@ def test_all_processes_have_one_summary_and_the_first_prints_it(alone: bool) -> 
     assert one[:2] == other[:2]
     assert (one[2], other[2]) == (1, 0)
     summary, report, _ = one
-    assert summary.examples == 2 * 8 * 8  # the last 8 batches of 8 examples in both
+    assert summary.examples == 2 * 8 * KEPT  # the last batches of 8 examples in both
     assert alone or report.tokens == summary
