@@ -28,19 +28,9 @@ from lightning_compress.callbacks.session import (
     traced_module,
 )
 from lightning_compress.callbacks.strategies import check_strategy, unwrapped
-from lightning_compress.callbacks.token_calls import (
-    KEPT,
-    RecentCalls,
-    TokenCall,
-    measure_tokens,
-)
+from lightning_compress.callbacks.token_calls import KEPT, RecentCalls, TokenCall, measure_tokens
 from lightning_compress.callbacks.token_record import TokenSetup, install_state, runtime_state
-from lightning_compress.callbacks.token_schedule import (
-    PAPER_STRENGTH,
-    WHOLE,
-    Mode,
-    SoftSchedule,
-)
+from lightning_compress.callbacks.token_schedule import PAPER_STRENGTH, WHOLE, Mode, SoftSchedule
 from lightning_compress.callbacks.token_targets import TOLERANCE, Measure, meet, ramped, shifted, top_k_for
 from lightning_compress.callbacks.token_thresholds import ThresholdLearner
 from lightning_compress.callbacks.training_step import with_loss, wrap_training_step
@@ -66,8 +56,8 @@ class TokenPruning(Callback):
 
     After the attention of a layer every token has a score, the attention that it received, relative to the tokens that
     may leave (`scores_among_rest`; as published relative to all that are there); those below the threshold of the layer
-    skip the rest of it and do not enter the next one. The thresholds are learned beside
-    the weights in the *soft* stage of the fit, in which tokens are masked in part,
+    skip the rest of it and do not enter the next one. The thresholds are learned beside the weights in the *soft* stage
+    of the fit, in which tokens are masked in part,
 
     .. math:: M_l = M_{l-1}\,\sigma\bigl((s_l - \theta_l)/T\bigr), \quad
         \theta_l = \theta_l^0 + c_l (p_l + q)
@@ -143,6 +133,8 @@ class TokenPruning(Callback):
         module: str | None = None,
     ) -> None:
         _check(macs, strength, method, mode, start, hard_at, learning_rate, temperature, min_keep)
+        if fill not in (None, *FILLS):
+            raise ValueError(f"Expected fill to be None or one of {list(FILLS)}, but got {fill!r}.")
         self.macs = macs
         self.strength = PAPER_STRENGTH if strength is None and mode == "faithful" else strength
         self.method = method
@@ -151,8 +143,6 @@ class TokenPruning(Callback):
         self.hard_at = hard_at
         self.protected = None if protected is None else tuple(protected)
         self.protected_mask = protected_mask
-        if fill not in (None, *FILLS):
-            raise ValueError(f"Expected fill to be None or one of {list(FILLS)}, but got {fill!r}.")
         self.min_keep = min_keep
         self.fill = fill
         self.module = module
@@ -501,7 +491,8 @@ class TokenPruning(Callback):
                 entering = found.entering.clone()
                 entering[2:] = min(1.0, float(found.real.min()))
                 whole = whole and relative_macs(setup.costs, entering, found.real) <= WHOLE_PART * self.macs
-        spreads = session.processes.mean("average the spread of scores", observer.spreads()).tolist()
+        own = observer.spreads().float().to(trainer.lightning_module.device)
+        spreads = session.processes.mean("average the spread of scores", own).tolist()
         return self.schedule.first_thresholds([ScoreSpread(*row) for row in spreads], whole)
 
     def _measured_calls(self) -> list[TokenCall]:

@@ -221,6 +221,7 @@ def test_distillation_and_token_pruning_wrap_one_step() -> None:
         ({"macs": 0.5, "learning_rate": 0.0}, "to be above 0, but got 0.0"),
         ({"macs": 0.5, "temperature": (0.1, 0.0)}, r"two numbers above 0, first and last, but got \(0.1, 0.0\)"),
         ({"macs": 0.5, "min_keep": 0}, "at least 1, but got 0"),
+        ({"macs": 0.5, "fill": "zero"}, r"Expected fill to be None or one of \['state', 'mean'\], but got 'zero'"),
     ],
 )
 def test_arguments_are_checked(options: dict[str, Any], message: str) -> None:

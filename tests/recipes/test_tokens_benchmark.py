@@ -62,7 +62,8 @@ def test_macs_are_those_of_the_shapes(data: str) -> None:
 
 def test_the_library_counts_the_same_macs(data: str) -> None:
     model = sst2.new_module().model.eval()
-    call = {"input_ids": torch.randint(5, 20, (2, 8)), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    ids = torch.randint(0, model.encoder.config.vocab_size, (2, 8))
+    call = {"input_ids": ids, "attention_mask": torch.ones(2, 8, dtype=torch.long)}
     proof = prove_tokens(model, (), call)
     costs = stack_costs(model, (), call, proof.stack)
     entering = torch.tensor([[3, 7], [2, 5]])
