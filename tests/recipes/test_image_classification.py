@@ -408,3 +408,10 @@ def test_check_fails_where_a_bound_is_missed(
         runpy.run_path(script, run_name="__main__")
     assert stop.value.code == status
     assert "MISSED  at least 2.5 times fewer MACs" in capsys.readouterr().out
+
+
+def test_the_picture_in_the_documentation_is_small() -> None:
+    file = ROOT / "docs" / "pictures" / "digits_tokens.png"
+    with image_module.open(file) as picture:
+        assert picture.format == "PNG" and min(picture.size) > 200
+    assert file.stat().st_size < 150_000
