@@ -16,9 +16,9 @@ sure of the accuracy: between 0.2 and 1.3 points were lost, depending on seed an
 
     python recipes/image_classification.py --tokens  # after the removal tokens leave: 0.8 of the MACs of the layers
 
-prints what is left and draws which patches stay (digits_tokens.png). With seed 0: 98.70 % dense, 97.96 % compressed, 3.88
-times fewer MACs (3.12 with all tokens). The layers have only 16 tokens, too few to pay for the decisions: a batch of 64
-takes 18.6 ms dense, 9.6 with all tokens and 14.7 with those that stay.
+prints what is left and draws which patches stay (digits_tokens.png). With seed 0: 98.70 % dense, 97.96 % compressed,
+3.88 times fewer MACs (3.12 with all tokens). The layers have only 16 tokens, too few to pay for the decisions: a batch
+of 64 takes 18.6 ms dense, 9.6 with all tokens and 14.7 with those that stay.
 
 Other images: a folder with a sub-folder for each class (or with `train` and `test`, and those inside), or the hub;
 other models: any image classifier of transformers, by name or folder.
