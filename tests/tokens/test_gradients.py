@@ -27,19 +27,34 @@ def first(output: Any) -> Tensor:
 @pytest.mark.parametrize("cumulative", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_thresholds_are_differences(name: str, cumulative: bool) -> None:
-    """Of the outputs and of the tokens that enter the layers, in float64."""
+    """Of the outputs and of the tokens that enter the layers, in float64.
+
+    Cumulative masks pass no gradient on to scores, so that only the last threshold, behind which nothing is decided,
+    has the whole one.
+    """
     model, proof = proven(name)
     call = CALLS[name](3)
 
     def function(values: Tensor) -> Tensor:
         with DoublePrecision():
+            values = torch.cat((values.new_tensor([0.8]), values)) if cumulative else values
             soft = SoftPruning(values, 0.3, cumulative=cumulative)
             output, runtime = run(model, proof, call, KeepAll(), mode="soft", soft=soft)
         assert runtime.counts is not None
         return torch.cat((first(output).flatten()[:6], runtime.counts.entering[1:].double().flatten()))
 
-    values = torch.tensor([0.8, 1.1], dtype=torch.float64, requires_grad=True)
+    values = torch.tensor([1.1] if cumulative else [0.8, 1.1], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(function, (values,), eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cumulative", [True, False])
+def test_scores_get_gradients_as_published_only(cumulative: bool) -> None:
+    model, proof = proven("torch-post-all-padded")
+    model.zero_grad()
+    soft = SoftPruning(torch.tensor([0.8, 1.1]), 0.3, cumulative=cumulative)
+    _, runtime = run(model, proof, CALLS["torch-post-all-padded"](3), KeepAll(), mode="soft", soft=soft)
+    assert runtime.counts is not None
+    assert runtime.counts.entering.requires_grad != cumulative
 
 
 @pytest.mark.parametrize("name", NAMES)

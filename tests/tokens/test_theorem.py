@@ -164,7 +164,7 @@ def test_faithful_form() -> None:
 
 
 def test_mask_mode_is_what_it_says() -> None:
-    """Decisions in force from the next layer on, states frozen, pruned queries uncounted; written out."""
+    """No feed-forward part for pruned tokens, later layers without them, states frozen, queries uncounted: by hand."""
     model = shaken(Encoder(pooled=False))
     call = states(4)
     proof = prove_tokens(model, (), call)
@@ -175,10 +175,12 @@ def test_mask_mode_is_what_it_says() -> None:
         scores = (weights * shown[:, :, None]).sum(1)
         assert torch.allclose(scores.sum(1) / shown.sum(1), torch.ones(4, dtype=x.dtype))
         new = layer.norm1(x + attended)
-        new = layer.norm2(new + layer.linear2(torch.relu(layer.linear1(new))))
-        x = torch.where(shown[..., None], new, x) if number else new
+        stays = shown
         if number < LAYERS - 1:
-            shown = shown & ((scores >= policy.values[number]) | (torch.arange(LENGTH) == 0))
+            stays = shown & ((scores >= policy.values[number]) | (torch.arange(LENGTH) == 0))
+        new = layer.norm2(new + layer.linear2(torch.relu(layer.linear1(new))) * stays[..., None])
+        x = torch.where(shown[..., None], new, x) if number else new
+        shown = stays
     for mode in ("mask", "gather"):
         got, runtime = outputs(model, proof, policy, mode, call, worthwhile=0.0, saving=1)
         assert furthest(model.head(x), got) < EXACT

@@ -90,7 +90,7 @@ def test_casts_after_the_runtime_was_put_on(name: str, dtype: torch.dtype) -> No
     model, runtime = installed(name)
     call = CALLS[name](4)
 
-    def decide(layer: int, index: Tensor | None, active: Tensor) -> Tensor:
+    def decide(layer: int, rows: Tensor | None, index: Tensor | None, active: Tensor) -> Tensor:
         table = (torch.arange(active.shape[1] if index is None else 64) % (3 - layer) != 1).expand(len(active), -1)
         return table if index is None else table.gather(1, index)
 
@@ -125,7 +125,7 @@ def test_autocast(name: str) -> None:
     model, runtime = installed(name)
     call = {k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in CALLS[name](4).items()}
     model.float()
-    runtime.decide = lambda layer, index, active: active & (torch.arange(active.shape[1]) != 3 - layer)
+    runtime.decide = lambda layer, rows, index, active: active & (torch.arange(active.shape[1]) != 3 - layer)
     with torch.no_grad():
         expected = model(**call)
         with torch.autocast("cpu", torch.bfloat16):
