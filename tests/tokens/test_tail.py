@@ -146,9 +146,10 @@ def test_a_part_that_mixes_tokens_is_refused_or_left_whole(part: Callable[[], nn
         prove_tokens(model, (), call(seed=3))
 
 
-def test_a_token_that_leaves_has_what_the_attention_made_of_it() -> None:
+@pytest.mark.parametrize(("part", "residual"), [(feed_forward, True), (WithResidual, False)])
+def test_a_token_that_leaves_has_what_the_attention_made_of_it(part: Callable[[], nn.Module], residual: bool) -> None:
     torch.manual_seed(0)
-    model = shaken(Model(feed_forward))
+    model = shaken(Model(part, residual))
     proof = prove_tokens(model, (), call(seed=3))
     given = call(1, 6)
     states: list[Tensor] = []
