@@ -137,7 +137,7 @@ def fit_costs(run: Callable[[int], int], lengths: Sequence[int]) -> LayerCosts:
             padded inside.
 
     >>> fit_costs(lambda n: 3 * n * n + 8 * n, (4, 8, 12, 16))
-    LayerCosts(a=(3.0,), b=(8.0,), c=(0.0,))
+    LayerCosts(a=(3.0,), b=(8.0,), c=(0.0,), tail=())
     """
     if len(set(lengths)) < 4 or min(lengths) < 1:
         raise ValueError(f"Expected at least four different positive lengths, but got {tuple(lengths)}.")
