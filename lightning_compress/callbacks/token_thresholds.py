@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from lightning_compress.callbacks.processes import Processes
 
-GAIN = (
-    2.0  # scales per unit of relative cost: about 0.15 of it is saved by a scale, so that a miss decays in a few steps
-)
+# Scales per unit of relative cost: about 0.15 of it is saved by a scale, so that a miss decays in a few steps.
+GAIN = 2.0
 MOST = 0.25  # scales in one step
 
 

@@ -12,6 +12,7 @@ from lightning_compress.token_policies import KeepAll
 from lightning_compress.token_scores import scores_among_rest
 
 LEAST = 1e-3  # spread of scores that are all alike, in units of the mean score
+MOST = 10**6  # scores that are looked at; `quantile` refuses very many
 NORMAL = 1.349  # distance of the quartiles of a normal distribution, in standard deviations
 
 
@@ -50,6 +51,7 @@ class ScoreObserver(KeepAll):
         for parts in vars(self)["seen"]:
             scores = torch.cat(parts) if parts else torch.empty(0)
             scores = scores[scores.isfinite()]
+            scores = scores[:: 1 + scores.numel() // MOST]
             low, middle, high = (
                 scores.quantile(scores.new_tensor((0.25, 0.5, 0.75))).tolist() if scores.numel() else (1.0, 1.0, 1.0)
             )

@@ -534,9 +534,8 @@ class TokenRuntime:
         soft, scores = self.soft, heard.scores
         assert soft is not None and scores is not None
         if soft.cumulative:
-            scores = (
-                scores.detach()
-            )  # near a step the gradients of scores are as large as they are wrong: weights suffer
+            # near a step the gradients of scores are as large as they are wrong: weights would suffer
+            scores = scores.detach()
         if soft.among_rest:
             weights = torch.ones_like(scores) if state.mask is None else state.mask
             real = heard.real if number == 0 else state.real

@@ -174,20 +174,6 @@ def record_calls(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     return recorder.calls
 
 
-def find_stack(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> TokenStack:
-    """The longest stack of layers in ``model``.
-
-    Args:
-        model: any module; it is called once, without gradients, as it is (call ``eval()`` before).
-        args: positional arguments of the example.
-        kwargs: keyword arguments of the example.
-
-    Raises:
-        TokenPruningError: if there is none; the message says what was seen instead.
-    """
-    return stack_of(record_calls(model, args, kwargs or {}))
-
-
 def stack_of(calls: list[LayerCall]) -> TokenStack:
     """The longest stack in recorded calls."""
     chain = max(_chains(_layers(calls)), key=len, default=[])
@@ -325,7 +311,6 @@ __all__ = [
     "LayerCall",
     "TokenStack",
     "TokenTail",
-    "find_stack",
     "python_attention",
     "record_calls",
     "stack_of",
