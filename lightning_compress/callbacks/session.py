@@ -195,6 +195,12 @@ class CompressionSession:
 
         return record
 
+    def take_call(self, pl_module: pl.LightningModule, name: str, call: ExampleCall) -> None:
+        """A call of the module ``name`` that a checkpoint holds, unless one has been seen."""
+        if self.batch is None and name not in self._calls:
+            self.traced_name, self.traced = name, traced_module(pl_module, name)
+            self._calls[name] = call
+
     def _unwatch(self) -> None:
         for hook in self._hooks:
             hook.remove()

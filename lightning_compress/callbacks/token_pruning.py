@@ -256,8 +256,10 @@ class TokenPruning(Callback):
     ) -> None:
         """Begin to prune, when the moment has come; set what holds for this step."""
         self._joined().steps.attach(trainer.optimizers)
-        if self._stage == "before" and self._setup is not None and self._due(self._start) and self._removed():
-            self._begin(trainer, pl_module)
+        if self._stage == "before" and self._due(self._start) and self._removed():
+            self._prove(pl_module)  # in a resumed fit; otherwise it is known
+            if self._setup is not None:
+                self._begin(trainer, pl_module)
         if self._runtime is not None and self._learner is not None and self._stage == "soft":
             position = self._position()
             self._runtime.soft = SoftPruning(
@@ -348,7 +350,7 @@ class TokenPruning(Callback):
         """Where the stages stand."""
         session, learner = self._session, self._learner
         traced = None if session is None else session.traced
-        soon = self._stage != "before" and self._window(2 * KEPT)
+        soon = self._length is not None and self._window(2 * KEPT)
         return {
             "module": None if session is None or traced is None else session.traced_name,
             "stage": self._stage,
@@ -652,7 +654,12 @@ class TokenPruning(Callback):
         self._stage, self._checks = state["stage"], state["checks"]
         if state.get("dense") is not None:
             self._dense = LayerCosts(**{name: tuple(values) for name, values in state["dense"].items()})
+        if state["module"] is None:
+            return
+        self._calls.load(state["calls"], pl_module.device)
         if state["runtime"] is None:
+            for kept in self._calls:  # tokens may have to leave in the next step: what that needs is found out with one
+                session.take_call(pl_module, state["module"], kept.call)
             return
         session.traced_name, session.traced = state["module"], traced_module(pl_module, state["module"])
         self._runtime, self._setup = install_state(session.traced, state["runtime"])
@@ -660,7 +667,6 @@ class TokenPruning(Callback):
         if state["learner"] is not None:
             self._learner = ThresholdLearner.from_state(state["learner"], pl_module.device)
         self._runtime.train_mode = "soft" if self._stage == "soft" else "gather"
-        self._calls.load(state["calls"], pl_module.device)
         if state["distribution"] is not None:
             self.distribution = TokenDistribution(**state["distribution"], costs=self._setup.costs)
 

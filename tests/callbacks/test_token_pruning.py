@@ -299,15 +299,23 @@ class Save(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("epoch", [1, 3, 4, 5])
-@pytest.mark.parametrize("options", [{}, {"method": "top_k"}], ids=["learned", "top_k"])
-def test_straight_equals_crash_and_resume(options: dict[str, Any], epoch: int, tmp_path: Path) -> None:
+# from half on and with a removal there the checkpoint is written between the moment and the first step with pruned tokens
+@pytest.mark.parametrize(
+    ("options", "removes", "epoch"),
+    [
+        *(({"method": method}, False, epoch) for epoch in (1, 3, 4, 5) for method in ("learned", "top_k")),
+        *(({"method": method, "start": 0.5}, False, 3) for method in ("learned", "top_k")),
+        ({}, True, 3),
+    ],
+)
+def test_straight_equals_crash_and_resume(options: dict[str, Any], removes: bool, epoch: int, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
 
     def run(*more: pl.Callback, resume: Path | None = None) -> tuple[Reader, TokenPruning]:
         torch.manual_seed(0)
         module, callback = Reader(), TokenPruning(macs=0.6, hard_at=0.62, **options)
-        own = trainer(callback, *more, max_epochs=6)
+        removal = [FinalizeCompression(macs=0.5, at=0.5, report=False)] if removes else []
+        own = trainer(callback, *removal, *more, max_epochs=6)
         own.fit(module, sentences(), ckpt_path=None if resume is None else str(resume))
         return module, callback
 
