@@ -12,7 +12,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -28,26 +28,24 @@ from lightning_compress.callbacks.session import (
     traced_module,
 )
 from lightning_compress.callbacks.strategies import check_strategy, unwrapped
-from lightning_compress.callbacks.token_calls import KEPT, RecentCalls, TokenCall, measure_tokens
+from lightning_compress.callbacks.token_budget import Method, TokenMeter
+from lightning_compress.callbacks.token_calls import KEPT, RecentCalls, TokenCall
 from lightning_compress.callbacks.token_record import TokenSetup, install_state, runtime_state
 from lightning_compress.callbacks.token_schedule import PAPER_STRENGTH, WHOLE, Mode, SoftSchedule
-from lightning_compress.callbacks.token_targets import TOLERANCE, Measure, meet, ramped, shifted, top_k_for
+from lightning_compress.callbacks.token_settings import check_settings
 from lightning_compress.callbacks.token_thresholds import ThresholdLearner
 from lightning_compress.callbacks.training_step import with_loss, wrap_training_step
 from lightning_compress.report import TokenSummary
 from lightning_compress.token_policies import KeepAll, Thresholds, TokenPolicy
-from lightning_compress.tokens.costs import LayerCosts, relative_macs
+from lightning_compress.tokens.costs import LayerCosts
 from lightning_compress.tokens.distribution import TokenDistribution
 from lightning_compress.tokens.forward import SoftPruning, TokenCounts
 from lightning_compress.tokens.install import install_tokens, remove_tokens
-from lightning_compress.tokens.observation import ScoreObserver, ScoreSpread
 from lightning_compress.tokens.proof import prove_tokens
-from lightning_compress.tokens.runtime import FILLS, Fill, TokenRuntime
+from lightning_compress.tokens.runtime import Fill, TokenRuntime
 from lightning_compress.tokens.stack_costs import stack_costs
 
-Method = Literal["learned", "top_k", "linear"]
 Stage = Literal["before", "soft", "hard"]
-WHOLE_PART = 0.7  # of the budget: what the other layers must be able to come down to
 LATE = 0.9  # part of the hard stage after which the budget is looked at once more, before the end
 
 
@@ -132,9 +130,7 @@ class TokenPruning(Callback):
         fill: Fill | None = None,
         module: str | None = None,
     ) -> None:
-        _check(macs, strength, method, mode, start, hard_at, learning_rate, temperature, min_keep)
-        if fill not in (None, *FILLS):
-            raise ValueError(f"Expected fill to be None or one of {list(FILLS)}, but got {fill!r}.")
+        check_settings(macs, strength, method, mode, start, hard_at, learning_rate, temperature, min_keep, fill)
         self.macs = macs
         self.strength = PAPER_STRENGTH if strength is None and mode == "faithful" else strength
         self.method = method
@@ -471,31 +467,13 @@ class TokenPruning(Callback):
             TokenRuntime(setup.stack, KeepAll(), setup.protected, self.min_keep, setup.scatter, fill=setup.fill),
         )
         if self.method == "learned":
-            values, scales = self._first(trainer, decisions)
+            values, scales = self._meter(trainer).first_thresholds(self.schedule, decisions, self.macs)
             self._learner = ThresholdLearner(values, pl_module.device, scales)
             self._runtime.policy = Thresholds(self._learner.values, self.schedule.among_rest)
         self._stage = "soft" if self.method == "learned" else "hard"
         self._runtime.train_mode = "soft" if self._stage == "soft" else "gather"
         if self._stage == "hard":
             self._calibrate(trainer, pl_module)
-
-    def _first(self, trainer: pl.Trainer, decisions: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """The first thresholds and their scales, by the scores of the last batches."""
-        session, runtime, calls, setup = self._joined(), self._runtime, self._measured_calls(), self._setup
-        assert runtime is not None and session.traced is not None and setup is not None
-        runtime.policy = observer = ScoreObserver(decisions)
-        whole = decisions > 1
-        if calls:
-            context = trainer.precision_plugin.forward_context()
-            found = measure_tokens(session.traced, runtime, calls, setup.costs, session.processes, context)
-            if self.macs is not None:
-                # the first layer may let every token through if the others can still meet the budget
-                entering = found.entering.clone()
-                entering[2:] = min(1.0, float(found.real.min()))
-                whole = whole and relative_macs(setup.costs, entering, found.real) <= WHOLE_PART * self.macs
-        own = observer.spreads().float().to(trainer.lightning_module.device)
-        spreads = session.processes.mean("average the spread of scores", own).tolist()
-        return self.schedule.first_thresholds([ScoreSpread(*row) for row in spreads], whole)
 
     def _measured_calls(self) -> list[TokenCall]:
         session = self._joined()
@@ -516,47 +494,22 @@ class TokenPruning(Callback):
             self._checks += 1
         self._calibrate(trainer, pl_module)
 
+    def _meter(self, trainer: pl.Trainer) -> TokenMeter:
+        session, runtime, setup = self._joined(), self._runtime, self._setup
+        assert runtime is not None and session.traced is not None and setup is not None
+        context = trainer.precision_plugin.forward_context
+        return TokenMeter(session.traced, runtime, self._measured_calls(), setup.costs, session.processes, context)
+
     def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the policy, and meet the budget if it is missed by more than 1 %."""
-        session, runtime = self._joined(), self._runtime
-        assert runtime is not None and session.traced is not None and self._setup is not None
-        traced, costs = session.traced, self._setup.costs
-        calls = self._measured_calls()
+        meter, runtime = self._meter(trainer), self._runtime
         if not self._window(2 * KEPT):
             self._calls.clear()
-        if not calls:
+        if not meter.calls:
             return
-
-        def measure(policy: TokenPolicy) -> float:
-            runtime.policy = policy
-            self.distribution = measure_tokens(
-                traced, runtime, calls, costs, session.processes, trainer.precision_plugin.forward_context()
-            )
-            return self.distribution.relative_macs
-
-        before = runtime.policy
-        cost = measure(before)
-        if self.macs is not None and abs(cost - self.macs) > TOLERANCE * self.macs:
-            policy, cost = self._meet(measure, before, self.macs)
-            measure(policy)
-            if abs(cost - self.macs) > TOLERANCE * self.macs:
-                rank_zero_warn(
-                    f"Expected token pruning to meet macs={self.macs:g} within 1 %, but {cost:.3f} of the "
-                    f"multiply-accumulates of the layers is the closest on {len(calls)} batches: the protected tokens, "
-                    "min_keep and the first layer stay. Lower the target of the structures instead, or protect less."
-                )
-        rank_zero_info(f"TokenPruning: {cost:.3f} of the multiply-accumulates of the layers at real lengths.")
-
-    def _meet(self, measure: Measure, before: TokenPolicy, macs: float) -> tuple[TokenPolicy, float]:
-        assert self._setup is not None
-        layers = len(self._setup.stack.layers)
-        if self.method == "top_k":
-            return top_k_for(measure, layers, macs)
-        if self.method == "linear":
-            return meet(measure, ramped(layers), 1.0, 0.25, macs)
-        assert isinstance(before, Thresholds)
-        scales = (1.0,) * len(before.values) if self._learner is None else self._learner.scales.tolist()
-        return meet(measure, shifted(before, scales), 0.0, 0.02, macs)
+        assert runtime is not None
+        scales = None if self._learner is None else self._learner.scales.tolist()
+        self.distribution = meter.calibrated(runtime.policy, self.method, self.macs, scales)
 
     # Steps
 
@@ -704,54 +657,6 @@ class TokenPruning(Callback):
 
 def _relative_macs(costs: LayerCosts, seen: Sequence[TokenCounts]) -> Tensor:
     return costs.relative(torch.cat([c.entering for c in seen], 1), torch.cat([c.real for c in seen]))
-
-
-def _check(
-    macs: float | None,
-    strength: float | None,
-    method: str,
-    mode: str,
-    start: float | None,
-    hard_at: float | None,
-    learning_rate: float | None,
-    temperature: Sequence[float] | None,
-    min_keep: int,
-) -> None:
-    if method not in ("learned", "top_k", "linear"):
-        raise ValueError(f"Expected method to be 'learned', 'top_k' or 'linear', but got {method!r}.")
-    if mode not in ("recommended", "faithful"):
-        raise ValueError(f"Expected mode to be 'recommended' or 'faithful', but got {mode!r}.")
-    if macs is None and strength is None and mode != "faithful":
-        raise ValueError("Expected a target, macs or strength, but got none. For example: TokenPruning(macs=0.5).")
-    if macs is not None and not 0 < macs <= 1:
-        raise ValueError(
-            f"Expected macs, the fraction of the multiply-accumulates that is kept, to be in (0, 1], but got {macs!r}. "
-            "To keep half: macs=0.5."
-        )
-    if strength is not None and not 0 <= strength < math.inf:
-        raise ValueError(f"Expected strength, the weight of the masks in the loss, to be at least 0, got {strength!r}.")
-    if macs is not None and strength is not None and mode != "faithful":
-        raise ValueError(
-            f"Expected macs or strength, but got macs={macs:g} and strength={strength:g}: the target sets the "
-            "strength. With mode='faithful' both go together."
-        )
-    if method != "learned" and (macs is None or strength is not None or mode != "recommended"):
-        raise ValueError(
-            f"Expected TokenPruning(macs=..., method={method!r}) without strength and mode, because nothing is "
-            f"learned, but got macs={macs}, strength={strength} and mode={mode!r}."
-        )
-    if start is not None and not 0 <= start < 1:
-        raise ValueError(f"Expected start, a fraction of the fit, to be in [0, 1), but got {start}.")
-    if hard_at is not None and not (start or 0) < hard_at <= 1:
-        raise ValueError(
-            f"Expected hard_at, a fraction of the fit after start={start or 0:g}, to be at most 1, but got {hard_at}."
-        )
-    if learning_rate is not None and not 0 < learning_rate < math.inf:
-        raise ValueError(f"Expected learning_rate of the thresholds to be above 0, but got {learning_rate}.")
-    if temperature is not None and (len(temperature) != 2 or not all(0 < t < math.inf for t in temperature)):
-        raise ValueError(f"Expected temperature to be two numbers above 0, first and last, but got {temperature}.")
-    if isinstance(min_keep, bool) or not isinstance(min_keep, int) or min_keep < 1:
-        raise ValueError(f"Expected min_keep, tokens that stay in every example, to be at least 1, but got {min_keep}.")
 
 
 __all__ = ["TokenPruning"]
