@@ -556,9 +556,13 @@ def executed(model: nn.Module, call: Call) -> tuple[float, float, list[float]]:
 
 
 def with_tokens(model: nn.Module, calls: list[Call], macs: float) -> None:
-    """Install thresholds that rise linearly, so high that this fraction of the MACs is left in the calls."""
+    """Install thresholds that rise linearly, so high that this fraction of the MACs is left in the calls.
+
+    The first layer lets every token through, as learned thresholds have it at this budget.
+    """
     stack = prove_tokens(model, (), {name: tensor[:2] for name, tensor in calls[0].items()})
-    ramp = linear_ramp(1.0, len(stack.stack.layers))[1:]
+    ramp = linear_ramp(1.0, len(stack.stack.layers) - 1)
+    assert ramp[0] == 0
     runtime = install_tokens(model, stack.runtime(KeepAll()))
 
     @torch.inference_mode()

@@ -35,6 +35,10 @@ class TokenPolicy(Protocol):
         """Whether it wants scores summed over all layers so far in place of those of one layer."""
         ...
 
+    def keeps_all(self, layer: int) -> bool:
+        """Whether every token stays after the attention of a layer, whatever its score: none is computed then."""
+        ...
+
     def keep(
         self, layer: int, scores: Tensor, active: Tensor, real: Tensor, protected: Tensor | None, min_keep: int
     ) -> Tensor:
@@ -74,6 +78,10 @@ class KeepAll:
     def accumulated(self) -> bool:
         """No: scores do not matter."""
         return False
+
+    def keeps_all(self, layer: int) -> bool:
+        """Yes, in every layer."""
+        return True
 
     def keep(
         self, layer: int, scores: Tensor, active: Tensor, real: Tensor, protected: Tensor | None, min_keep: int
@@ -120,6 +128,10 @@ class Thresholds:
     def accumulated(self) -> bool:
         """No: thresholds are of the scores of one layer."""
         return False
+
+    def keeps_all(self, layer: int) -> bool:
+        """Where the threshold is not above 0, which no score is below."""
+        return self.values[layer] <= 0
 
     def keep(
         self, layer: int, scores: Tensor, active: Tensor, real: Tensor, protected: Tensor | None, min_keep: int
@@ -173,6 +185,10 @@ class TopK:
     def layers(self) -> int:
         """One per rate."""
         return len(self.rates)
+
+    def keeps_all(self, layer: int) -> bool:
+        """Where the rate is 1."""
+        return self.rates[layer] == 1
 
     def keep(
         self, layer: int, scores: Tensor, active: Tensor, real: Tensor, protected: Tensor | None, min_keep: int

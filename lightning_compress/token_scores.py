@@ -265,7 +265,7 @@ def _received(probabilities: Tensor, weights: Tensor | None) -> Tensor:
     if not heads * queries:
         return probabilities.new_zeros(batch, keys)
     if weights is None:
-        return probabilities.sum((1, 2)) / heads
+        return probabilities.flatten(1, 2).sum(1) / heads
     weights = weights.to(probabilities.dtype)
     if weights.shape[1] == 1:
         return (weights @ probabilities.mean(1)).squeeze(1)

@@ -127,9 +127,10 @@ class Forward:
 
 @dataclass(frozen=True)
 class Ask:
-    """What the tap is to find out."""
+    """What is to be found out in a layer: which tokens are real, whether any may leave, and their scores for that."""
 
     real: bool
+    decides: bool
     scores: bool
     inspect: bool
 

@@ -36,6 +36,10 @@ class ScoreObserver(KeepAll):
     def __init__(self, decisions: int) -> None:
         object.__setattr__(self, "seen", [[] for _ in range(decisions)])
 
+    def keeps_all(self, layer: int) -> bool:
+        """No: it wants to see the scores."""
+        return False
+
     def keep(
         self, layer: int, scores: Tensor, active: Tensor, real: Tensor, protected: Tensor | None, min_keep: int
     ) -> Tensor:

@@ -174,6 +174,11 @@ class TokenRuntime:
             )
         return output
 
+    def _wants_scores(self, state: Forward, number: int) -> bool:
+        """Whether it depends on scores which tokens go on after a layer."""
+        decided_by_others = state.mode == "soft" or self.decide is not None or self.inspect
+        return decided_by_others or self.policy.accumulated or not self.policy.keeps_all(number)
+
     # A layer
 
     def run_layer(self, original: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -202,7 +207,7 @@ class TokenRuntime:
             args, kwargs = self._narrowed(state, hidden, args, kwargs)
         state.layer += 1
         last = state.layer == len(self.stack.layers)
-        ask = Ask(number == 0, not last, self.inspect)
+        ask = Ask(number == 0, not last, not last and self._wants_scores(state, number), self.inspect)
         bias, weights = key_bias_of(state, hidden), query_weights_of(state, hidden)
         call, parts = (hidden, args, kwargs), None
         if state.counts is not None and state.valid is not None and self._by_rows(state, call):
@@ -316,7 +321,7 @@ class TokenRuntime:
             wanted=ask.scores,
             inspect=ask.inspect,
         )
-        state.call = decided = LayerRun(state.layer - 1, ask.scores, tap, rows, hidden.shape[1])
+        state.call = decided = LayerRun(state.layer - 1, ask.decides, tap, rows, hidden.shape[1])
         try:
             # a mode costs time in every operation under it: it is on for the attention alone where that has a module
             with nullcontext() if self.stack.attention else tap:
@@ -353,7 +358,7 @@ class TokenRuntime:
         if state is None or call is None or not call.decides:
             return original(*args, **kwargs)
         begins, ends_here = ends
-        if begins and len(call.tap.heard) == 1 and call.tap.heard[0].scores is not None:
+        if begins and len(call.tap.heard) == 1:
             self._enter_tail(state, call, call.tap.heard[0])
         tail = call.tail
         if tail is None:
@@ -364,14 +369,16 @@ class TokenRuntime:
 
     def _enter_tail(self, state: Forward, call: LayerRun, heard: Heard) -> None:
         """Decide, as far as the rest of the layer is concerned."""
-        assert self.stack.tail is not None and heard.scores is not None
+        assert self.stack.tail is not None
         if state.mode == "soft":
-            assert self.soft is not None
+            assert self.soft is not None and heard.scores is not None
             if self.soft.cumulative:  # as published a mask works at the end of its layer
                 call.soft = self._soft_masks(state, call.number, heard)
                 call.tail = TailPass(self.stack.tail, shape_of(heard.scores), soft=call.soft[0])
             return
         call.keep = self._keep(state, call, heard)
+        if call.keep is None:
+            return
         flat = None
         if state.mode == "gather":
             flat = call.keep.flatten().nonzero().squeeze(1)
@@ -488,6 +495,8 @@ class TokenRuntime:
             state.masks.append(state.mask)
             return hidden if state.log_mask is not None else hidden * state.mask.unsqueeze(-1).to(hidden.dtype)
         keep = self._keep(state, call, heard) if call.keep is None else call.keep
+        if keep is None or (heard.scores is None and call.number > 0):
+            return hidden  # all that entered go on
         if self.policy.accumulated and heard.scores is not None:
             state.accumulated = summed(state.accumulated, heard.scores)
         if state.mode == "gather":
@@ -497,10 +506,11 @@ class TokenRuntime:
         state.shown, state.frozen = keep, True
         return hidden
 
-    def _keep(self, state: Forward, call: LayerRun, heard: Heard) -> Tensor:
-        """Which of the tokens in a call stay, bool (rows, slots)."""
-        assert heard.scores is not None
+    def _keep(self, state: Forward, call: LayerRun, heard: Heard) -> Tensor | None:
+        """Which of the tokens in a call stay, bool (rows, slots); None for all."""
         active = heard.real if call.number == 0 else None if state.shown is None else call.own(state.shown)
+        if heard.scores is None:
+            return active
         if active is None:
             active = torch.ones(heard.scores.shape, dtype=torch.bool, device=heard.scores.device)
         protected = None if state.protected is None else call.own(state.protected)

@@ -109,13 +109,13 @@ class AttentionTap(TorchFunctionMode):
             self._hear(Heard(None, causal=True))
             return plain(attn_mask)
         bias = None if self.key_bias is None else self.key_bias.to(query.dtype)
-        if not self.wanted:
-            self._hear(Heard(None))
-            return plain(_with_key_bias(attn_mask, bias, query))
         real, weights = None, self.query_weights
         if self.find_real and attn_mask is not None:
             real = attended(attn_mask, self.batch, self.tokens)
             weights = None if real is None else real.to(query.dtype)
+        if not self.wanted:
+            self._hear(Heard(None, real))
+            return plain(_with_key_bias(attn_mask, bias, query))
         output, scores = attention_with_scores(
             query,
             key,
@@ -156,7 +156,7 @@ class AttentionTap(TorchFunctionMode):
             else:
                 kwargs = {**kwargs, "input": logits}
         probabilities = func(*args, **kwargs)
-        if not self.wanted:
+        if not self.wanted and not self.find_real:
             self._hear(Heard(None))
             return probabilities
         by_head = probabilities.unflatten(0, (self.batch, per_row)) if logits.dim() == 3 else probabilities
@@ -166,6 +166,9 @@ class AttentionTap(TorchFunctionMode):
             real = by_head.detach().sum((1, 2)) > 0
             real = real | ~real.any(1, keepdim=True)
             weights = real.to(by_head.dtype)
+            if not self.wanted:
+                self._hear(Heard(None, real))
+                return probabilities
         seen = by_head.detach() > 0
         causal = self.inspect and bool(seen.tril(-1).any()) and not bool(seen.triu(1).any())
         self._hear(Heard(scores_of_probabilities(by_head, weights), real, causal))

@@ -299,7 +299,7 @@ class Save(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
-# from half on and with a removal there the checkpoint is written between the moment and the first step with pruned tokens
+# from half on, and with a removal there, the checkpoint lies between the moment and the first step with pruned tokens
 @pytest.mark.parametrize(
     ("options", "removes", "epoch"),
     [

@@ -11,10 +11,9 @@ from torch import nn
 from lightning_compress.surgery.precision import DoublePrecision
 from lightning_compress.token_policies import Thresholds, TokenPolicy
 from lightning_compress.tokens.forward import TokenCounts
-from lightning_compress.tokens.install import install_tokens, remove_tokens
 from lightning_compress.tokens.proof import ProvenTokens, prove_tokens
 from lightning_compress.tokens.runtime import TokenRuntime
-from tests.tokens.encoders import CALLS, Call, built, furthest
+from tests.tokens.encoders import CALLS, Call, built, furthest, outputs
 
 EXACT = 1e-10
 POLICY = Thresholds((0.9, 1.0))
@@ -38,15 +37,8 @@ def run(
     **attributes: Any,
 ) -> tuple[Any, TokenRuntime]:
     """Outputs of one call with a runtime that wastes no chance to let tokens go, and the runtime."""
-    runtime = proof.runtime(policy, protected, mode=mode, min_keep=min_keep)
-    for name, value in {"worthwhile": 0.0, "saving": 1, **attributes}.items():
-        assert hasattr(runtime, name)
-        setattr(runtime, name, value)
-    install_tokens(model, runtime)
-    try:
-        return model(**call), runtime
-    finally:
-        remove_tokens(model)
+    settings = {"worthwhile": 0.0, "saving": 1, **attributes}
+    return outputs(model, proof, policy, mode, call, protected=protected, min_keep=min_keep, **settings)
 
 
 @torch.no_grad()

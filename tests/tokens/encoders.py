@@ -15,6 +15,7 @@ from lightning_compress.tokens.runtime import TokenRuntime
 
 VOCABULARY, WIDTH, HEADS, LAYERS, LENGTH = 60, 24, 3, 3, 11
 Call = dict[str, Any]
+ARGUMENTS = ("protected", "min_keep", "scatter", "train_mode", "fill")  # of `ProvenTokens.runtime`
 
 
 class Encoder(nn.Module):
@@ -149,10 +150,11 @@ def furthest(one: Any, other: Any) -> float:
 
 def outputs(model: nn.Module, proof: ProvenTokens, policy: TokenPolicy, mode: str, call: Call, **settings: Any) -> Any:
     """Outputs with a runtime, and the runtime; settings that are no arguments of it are set as attributes."""
-    later = {k: settings.pop(k) for k in ("worthwhile", "saving", "protected_mask", "soft") if k in settings}
-    runtime: TokenRuntime = proof.runtime(policy, mode=mode, **settings)
-    for name, value in later.items():
-        setattr(runtime, name, value)
+    arguments = {k: v for k, v in settings.items() if k in ARGUMENTS}
+    runtime: TokenRuntime = proof.runtime(policy, mode=mode, **arguments)
+    for name in settings.keys() - arguments.keys():
+        assert hasattr(runtime, name)
+        setattr(runtime, name, settings[name])
     install_tokens(model, runtime)
     try:
         return model(**call), runtime
