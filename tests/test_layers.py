@@ -16,6 +16,7 @@ LAYERS = (  # from low to high: a module imports from its own layer and from tho
         "selection",
         "distillation_losses",
         "example_call",
+        "quantization_switch",
         "quantizers",
         "timing",
         "token_scores",

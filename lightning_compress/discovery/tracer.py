@@ -27,6 +27,7 @@ from lightning_compress.discovery.outputs import Output, flatten
 from lightning_compress.discovery.rules import Call, NoRule, rule_for
 from lightning_compress.discovery.rules.registry import Dims
 from lightning_compress.discovery.valueless import StandIns, storage_key, without_values
+from lightning_compress.quantization_switch import quantization_off
 from lightning_compress.token_switch import tokens_off
 
 # An input that is not a tensor of the model: its axes belong to the caller.
@@ -498,6 +499,7 @@ def _trace(watched: Trace, model: nn.Module, args: Sequence[Any], kwargs: Mappin
             torch.no_grad(),
             decomposed(),
             tokens_off(),
+            quantization_off(),
             torch.autocast("cpu", enabled=False),
             watched,
             contextlib.ExitStack() as more,

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_compress.latency.measuring import Measure, narrowed_copy
+from lightning_compress.quantization_switch import quantization_off
 from lightning_compress.structures import Structures
 from lightning_compress.timing import Latency, measure_latency
 from lightning_compress.token_switch import tokens_off
@@ -133,7 +134,7 @@ def meet(
         if tried.ratios and tried is not uncertain:
             stuck = "the next plan is one that was measured already: a smaller round_to would allow smaller steps"
             break
-        with tokens_off():
+        with tokens_off(), quantization_off():
             times = goal.measure(
                 {"dense": goal.reference or model, "small": narrowed_copy(model, structures, counts)},
                 goal.args,

@@ -14,6 +14,8 @@ from torch import nn
 from lightning_compress.latency.cache import call_in_words, device_name, read_table, table_key, write_table
 from lightning_compress.latency.table import LatencyRow, LatencyTable
 from lightning_compress.plan import PruningPlan
+from lightning_compress.quantization.weights import detach_quantizers
+from lightning_compress.quantization_switch import quantization_off
 from lightning_compress.structures import Structure, Structures
 from lightning_compress.surgery import apply_plan
 from lightning_compress.timing import Latency, measure_latency
@@ -76,7 +78,7 @@ def measure_latency_table(
         if i == len(variants) // 2:
             models["dense again"] = model  # what every ratio is taken of is measured twice; the two show the noise
         models[str(i)] = narrowed_copy(model, structures, variant.counts)
-    with tokens_off():
+    with tokens_off(), quantization_off():
         times = measure(models, args, kwargs, repeats=101, warmup=1, max_seconds=seconds, context=context())
     table = _tabulate(structures, families, variants, times, key, device_name(model), call_in_words(args, kwargs))
     if cache:
@@ -107,6 +109,7 @@ def narrowed_copy(model: nn.Module, structures: Structures, counts: Mapping[str,
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach()
     small = copy.deepcopy(model, memo)
+    detach_quantizers(small)
     kept = {name: range(count) for name, count in counts.items()}
     plan = PruningPlan.of(small, structures, kept)
     if not plan.is_empty:

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_compress.example_call import example_call
 from lightning_compress.plan import PruningPlan
+from lightning_compress.quantization.weights import Suspended, suspended
 from lightning_compress.structures import Edit, Structure, Tier, is_inside, named_tensors
 from lightning_compress.surgery.calibration import calibrate
 from lightning_compress.surgery.edits import Removal, install, kept_axes, module_edits, once, outside, zeroed_axes
@@ -127,11 +128,24 @@ def apply_plan(
         ValueError: if the plan is for another model.
         TypeError: if ``verify`` is not a pair.
     """
-    started = time.perf_counter()
-    optimizers = tuple(optimizers)
     check_plain(model)
     plan.check(model)
-    args, kwargs = ((), {}) if verify is None else example_call("verify", verify)
+    call = None if verify is None else example_call("verify", verify)
+    with suspended(model) as quantizers:
+        return _applied(model, plan, tuple(optimizers), call, tolerance, unverified, quantizers)
+
+
+def _applied(
+    model: nn.Module,
+    plan: PruningPlan,
+    optimizers: tuple[Any, ...],
+    verify: Example | None,
+    tolerance: float,
+    unverified: bool,
+    quantizers: Suspended,
+) -> SurgeryReport:
+    started = time.perf_counter()
+    args, kwargs = ((), {}) if verify is None else verify
     removals = [r for r in (Removal(s, plan.kept[s.name]) for s in plan.structures) if r.removed]
     unproven = [r.structure.name for r in removals if r.structure.tier is None]
     if verify is None and unproven:
@@ -173,6 +187,7 @@ def apply_plan(
         shapes = {name: tuple(tensors[name].shape) for name in kept}
         install(dict(model.named_modules()), removals, tensors, [s for s in plan.structures if s.name not in names])
         cut_state(optimizers, tensors, shapes, kept)
+        quantizers.follow(kept)
         if gone:
             left = {id(tensor) for tensor in named_tensors(model).values()}
             leave(optimizers, [tensor for tensor in gone.values() if id(tensor) not in left])

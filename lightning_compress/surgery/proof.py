@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.discovery.tracer import output_tensors
+from lightning_compress.quantization.weights import suspended
 from lightning_compress.structures import ModuleEdit, Pinned, Structure, Structures, named_tensors
 from lightning_compress.surgery.apply import TOLERANCE
 from lightning_compress.surgery.calibration import calibrate
@@ -58,6 +59,13 @@ def prove(
     """
     check_plain(model)
     check_values(model, "the proof of a removal")
+    with suspended(model):
+        return _proven(model, structures, (tuple(args), dict(kwargs or {})), tolerance)
+
+
+def _proven(
+    model: nn.Module, structures: Structures, call: tuple[tuple[Any, ...], dict[str, Any]], tolerance: float
+) -> Structures:
     pinned: list[Pinned] = list(structures.pinned)
     removals = []
     tensors = named_tensors(model)
@@ -67,12 +75,11 @@ def prove(
         reason = _cannot_even_try(model, tensors, structure)
         if reason is None:
             bare = replace(structure, tier=None, edits=())
-            gone = 0 if structure.kind != "vocab" else _unused_id(structure, args, dict(kwargs or {}))
+            gone = 0 if structure.kind != "vocab" else _unused_id(structure, *call)
             removals.append(Removal(bare, tuple(u for u in range(structure.units) if u != gone)))
         else:
             pinned.append(_pin(structure, reason))
     ways: dict[str, Removal] = {}
-    call = (tuple(args), dict(kwargs or {}))
     # what lies inside a module that goes could not be looked at at the same time
     for group in ([r for r in removals if not r.structure.members], [r for r in removals if r.structure.members]):
         if group:

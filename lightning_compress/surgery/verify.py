@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_compress.discovery.memory import forgotten
 from lightning_compress.discovery.outputs import Output, flatten
 from lightning_compress.discovery.tracer import decomposed, evaluation
+from lightning_compress.quantization_switch import quantization_off
 from lightning_compress.surgery.errors import NotFinite, SurgeryError
 from lightning_compress.surgery.precision import DoublePrecision, to_double
 from lightning_compress.token_switch import tokens_off
@@ -29,8 +30,8 @@ class Mismatch(Exception):
 class Rehearsal:
     """Context in which a model can be called again and again for comparison, and is left as it was.
 
-    Evaluation mode, no gradients, no autocast, unfused kernels, double precision, the same random numbers in every
-    call. Buffers and attributes that a call writes are restored after it, random number generators and training flags
+    Evaluation mode, no gradients, no autocast, no quantization, unfused kernels, double precision, the same random
+    numbers in every call. Buffers and attributes that a call writes are restored after it, random number generators and training flags
     at the end.
 
     Args:
@@ -51,6 +52,7 @@ class Rehearsal:
             stack.enter_context(torch.no_grad())
             stack.enter_context(decomposed())
             stack.enter_context(nullcontext() if self._tokens else tokens_off())
+            stack.enter_context(quantization_off())
             for kind in ("cpu", "cuda") if self._devices else ("cpu",):
                 stack.enter_context(torch.autocast(kind, enabled=False))
             self._stack = stack.pop_all()
