@@ -179,22 +179,27 @@ class Suspended:
         for (name, parameter, quantizing), first in zip(self._held, self._first, strict=True):
             if name not in kept:
                 continue
-            step = quantizing.step
-            if step is not None and first is not None:
-                rows = kept[name].get(0)
-                if quantizing.quantizer.scope == "row":
-                    new = step.detach() if rows is None else step.detach().index_select(0, rows.to(step.device))
-                elif quantizing.quantizer.scope == "tensor":
-                    new = step.detach()
-                else:  # groups are others now: by how much the learned steps differ from the first ones is kept
-                    again = quantizing.quantizer.first_step(parameter.detach())
-                    assert again is not None
-                    new = again * (step.detach().sum() / first.sum().clamp(min=torch.finfo(first.dtype).tiny))
-                quantizing.step = new.clone().requires_grad_()
             try:
                 Scope(quantizing.quantizer.scope).split(parameter.detach())
             except ValueError as error:
                 raise QuantizationError(f"In {name!r}, which has become smaller: {error}") from error
+            if quantizing.step is not None and first is not None:
+                new = self._followed(quantizing, parameter.detach(), kept[name].get(0), first)
+                quantizing.step = new.clone().requires_grad_()
+
+    @staticmethod
+    def _followed(quantizing: WeightQuantizer, weight: Tensor, rows: Tensor | None, first: Tensor) -> Tensor:
+        """The steps of a weight that has become smaller."""
+        assert quantizing.step is not None
+        step, scope = quantizing.step.detach(), quantizing.quantizer.scope
+        if scope == "row":
+            return step if rows is None else step.index_select(0, rows.to(step.device))
+        if scope == "tensor":
+            return step
+        # groups are others now: by how much the learned steps differ from the first ones is kept
+        again = quantizing.quantizer.first_step(weight)
+        assert again is not None
+        return again * (step.sum() / first.sum().clamp(min=torch.finfo(first.dtype).tiny))
 
     def back(self, changed: bool) -> None:
         """Put the quantizers on again; not ``changed``, with the steps that they had.

@@ -31,8 +31,8 @@ class Rehearsal:
     """Context in which a model can be called again and again for comparison, and is left as it was.
 
     Evaluation mode, no gradients, no autocast, no quantization, unfused kernels, double precision, the same random
-    numbers in every call. Buffers and attributes that a call writes are restored after it, random number generators and training flags
-    at the end.
+    numbers in every call. Buffers and attributes that a call writes are restored after it, random number generators and
+    training flags at the end.
 
     Args:
         model: the model; its weights should be in double precision (``DoubleWeights``).
