@@ -344,7 +344,10 @@ def _one_chunk(
     dropout: float,
 ) -> tuple[Tensor | None, Tensor]:
     dtype, heads = query.dtype, query.shape[1]
-    logits = (_wide(query) * scale) @ _repeated(_wide(key), heads).transpose(2, 3)
+    sizes = query.shape[:3]
+    rows, columns = _by_head(query, heads), _by_head(key, heads)
+    logits = torch.baddbmm(rows.new_empty(1, 1, 1), rows, columns.transpose(1, 2), beta=0, alpha=scale)
+    logits = logits.view(*sizes, key.shape[2])
     added, masked = _combined(bias, key_bias, logits)
     if added is not None:
         logits += added
@@ -357,10 +360,15 @@ def _one_chunk(
     if value is None:
         return None, scores
     mixed = F.dropout(probabilities, dropout) if dropout else probabilities
-    output = mixed @ _repeated(_wide(value), heads)
+    output = torch.bmm(mixed.flatten(0, 1), _by_head(value, heads)).view(*sizes, value.shape[3])
     if masked is not None:
         output = output.masked_fill(masked, 0)
     return output.to(dtype), scores
+
+
+def _by_head(tensor: Tensor, heads: int) -> Tensor:
+    """(batch * heads, tokens, dims), in one piece: products of matrices would copy it twice."""
+    return _repeated(_wide(tensor), heads).flatten(0, 1)
 
 
 def _repeated(tensor: Tensor, heads: int) -> Tensor:

@@ -212,6 +212,11 @@ class TokenPruning(Callback):
         self._reset()
         self._module = pl_module
         self._session = CompressionSession.join(pl_module, self)
+        if self._session.token_pruning is not None:
+            raise ValueError(
+                "Expected one TokenPruning in a Trainer, but got two: tokens leave a module by one policy. Leave one "
+                "of them out."
+            )
         self._session.token_pruning = self
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -501,6 +501,8 @@ class TokenRuntime:
             state.accumulated = summed(state.accumulated, heard.scores)
         if state.mode == "gather":
             packing = repack(keep, self.multiple)
+            if sum(packing.counts) == keep.numel():
+                return hidden  # none leaves
             if sum(packing.counts) <= (1 - self.worthwhile) * keep.numel():
                 return self._gathered(state, packing, hidden)
         state.shown, state.frozen = keep, True

@@ -253,6 +253,11 @@ def test_manual_optimization_is_refused() -> None:
         fit(Manual(), TokenPruning(macs=0.5))
 
 
+def test_a_second_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="Expected one TokenPruning in a Trainer, but got two"):
+        fit(Reader(), TokenPruning(macs=0.5), TokenPruning(macs=0.6))
+
+
 def test_a_batch_without_the_protected_mask_is_refused() -> None:
     with pytest.raises(ValueError, match="a tensor under 'span', the protected_mask of TokenPruning, but got"):
         fit(Reader(), TokenPruning(macs=0.5, protected_mask="span"))
