@@ -23,6 +23,16 @@ from lightning_compress.importance import TaylorAccumulator, unit_norms, unit_sc
 from lightning_compress.latency import LatencyTable, measure_latency_table
 from lightning_compress.plan import PruningPlan
 from lightning_compress.polynomials import Polynomial
+from lightning_compress.quantization import (
+    QuantizationError,
+    attach_quantizers,
+    detach_quantizers,
+    select_weights,
+    weight_kinds,
+    weight_quantizers,
+)
+from lightning_compress.quantization_switch import quantization_off
+from lightning_compress.quantizers import Binary, LearnedStep, Quantizer, Stochastic, Ternary, Uniform
 from lightning_compress.regularizers import (
     block_group_lasso,
     group_lasso,
@@ -55,15 +65,31 @@ from lightning_compress.unit_groups import UnitGroups
 from lightning_compress.vocabulary import trim_tokenizer, used_ids
 
 if TYPE_CHECKING:
-    from lightning_compress.callbacks import Distillation, FinalizeCompression, StructuredSparsity, TokenPruning
+    from lightning_compress.callbacks import (
+        Distillation,
+        FinalizeCompression,
+        QuantizationAwareTraining,
+        StructuredSparsity,
+        TokenPruning,
+        compress,
+    )
 
 __version__ = "0.1.0"
 
-_CALLBACKS = ("Distillation", "FinalizeCompression", "StructuredSparsity", "TokenPruning", "load_from_checkpoint")
+_CALLBACKS = (
+    "Distillation",
+    "FinalizeCompression",
+    "QuantizationAwareTraining",
+    "StructuredSparsity",
+    "TokenPruning",
+    "compress",
+    "load_from_checkpoint",
+)
 
 __all__ = [
     "EXACT_KINDS",
     "KINDS",
+    "Binary",
     "BudgetWarning",
     "CheckpointReport",
     "CompressionReport",
@@ -73,29 +99,39 @@ __all__ = [
     "ExportResult",
     "FinalizeCompression",
     "LatencyTable",
+    "LearnedStep",
     "Polynomial",
     "PruningPlan",
+    "QuantizationAwareTraining",
+    "QuantizationError",
+    "Quantizer",
     "Slice",
+    "Stochastic",
     "Structure",
     "StructuredSparsity",
     "Structures",
     "SurgeryError",
     "SurgeryReport",
     "TaylorAccumulator",
+    "Ternary",
     "Thresholds",
     "TokenPruning",
     "TokenPruningError",
     "TokenRuntime",
     "TokenSummary",
     "TopK",
+    "Uniform",
     "UnitCost",
     "UnitGroups",
     "apply_plan",
     "apply_plan_to_checkpoint",
     "at_lengths",
+    "attach_quantizers",
     "block_group_lasso",
     "checkpoint_scores",
+    "compress",
     "count_parameters",
+    "detach_quantizers",
     "discover",
     "explain",
     "export_model",
@@ -115,10 +151,12 @@ __all__ = [
     "measure_latency_table",
     "output_mse",
     "prove_tokens",
+    "quantization_off",
     "remove_tokens",
     "save_compressed",
     "save_token_picture",
     "select",
+    "select_weights",
     "silence_units",
     "to_padded_scale",
     "token_picture",
@@ -131,6 +169,8 @@ __all__ = [
     "unit_norms",
     "unit_scores",
     "used_ids",
+    "weight_kinds",
+    "weight_quantizers",
     "zero_units",
 ]
 

@@ -3,7 +3,17 @@
 from lightning_compress.callbacks.distillation import Distillation
 from lightning_compress.callbacks.finalize_compression import FinalizeCompression
 from lightning_compress.callbacks.loading import load_from_checkpoint
+from lightning_compress.callbacks.one_line import compress
+from lightning_compress.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_compress.callbacks.structured_sparsity import StructuredSparsity
 from lightning_compress.callbacks.token_pruning import TokenPruning
 
-__all__ = ["Distillation", "FinalizeCompression", "StructuredSparsity", "TokenPruning", "load_from_checkpoint"]
+__all__ = [
+    "Distillation",
+    "FinalizeCompression",
+    "QuantizationAwareTraining",
+    "StructuredSparsity",
+    "TokenPruning",
+    "compress",
+    "load_from_checkpoint",
+]

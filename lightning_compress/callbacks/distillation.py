@@ -22,6 +22,7 @@ from lightning_compress.callbacks.plain_copy import is_sharded
 from lightning_compress.callbacks.session import CompressionSession, is_redirected_step, traced_module
 from lightning_compress.callbacks.training_step import with_loss, wrap_training_step
 from lightning_compress.distillation_losses import logits_kl, output_mse
+from lightning_compress.quantization import detach_quantizers
 from lightning_compress.tokens.install import remove_tokens, token_runtime
 
 
@@ -162,11 +163,13 @@ class Distillation(Callback):
             self._start = 0.0
         elif session.sparsities:
             self._start = min(c.start for c in session.sparsities)
+        elif session.finalizer is None and session.quantization is not None:
+            self._start = session.quantization.start
         elif session.finalizer is None:
             raise ValueError(
-                "Expected a StructuredSparsity or FinalizeCompression beside Distillation, which says when the "
-                "teacher is copied, but "
-                "the Trainer has neither. Add one, or pass a trained module: Distillation(teacher=...)."
+                "Expected a StructuredSparsity, FinalizeCompression or QuantizationAwareTraining beside Distillation, "
+                "which says when the teacher is copied, but "
+                "the Trainer has none. Add one, or pass a trained module: Distillation(teacher=...)."
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -338,6 +341,7 @@ def _copied(module: nn.Module) -> nn.Module:
     for name in ("training_step", "on_load_checkpoint"):
         vars(teacher).pop(name, None)
     remove_tokens(teacher)  # the teacher sees all tokens
+    detach_quantizers(teacher)
     for parameter in teacher.parameters():
         parameter.grad = None
     return teacher.requires_grad_(False).eval()

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 
 from lightning_compress.callbacks.checkpoint import plans_from_state, take_shape
+from lightning_compress.callbacks.quantizer_record import attach_state, quantizers_in
 from lightning_compress.callbacks.session import traced_module
 from lightning_compress.callbacks.token_record import install_state, runtimes_in
 from lightning_compress.plan import PruningPlan
@@ -20,10 +21,10 @@ OWNER = "FinalizeCompression"
 def load_from_checkpoint(
     kind: type[Module], path: str | os.PathLike[str], *, weights_only: bool = True, **options: Any
 ) -> Module:
-    """``kind.load_from_checkpoint(path, ...)`` for checkpoints of fits with `FinalizeCompression` or `TokenPruning`.
+    """``kind.load_from_checkpoint(path, ...)`` for checkpoints of fits in which the module was compressed.
 
-    The module is built dense, the removals that the checkpoint tells of are replayed, its token pruning is installed,
-    then the weights are loaded.
+    The module is built dense, the removals that the checkpoint tells of are replayed, its token pruning is installed
+    and its quantizers are attached, then the weights are loaded.
 
     Args:
         kind: the LightningModule's class.
@@ -47,6 +48,8 @@ def load_from_checkpoint(
             take_shape(traced_module(self, name), plans)
         for name, state in runtimes_in(checkpoint):
             install_state(traced_module(self, name), state)
+        for name, state in quantizers_in(checkpoint):
+            attach_state(traced_module(self, name), state)
         kind.on_load_checkpoint(self, checkpoint)
 
     # the weights are loaded inside the class method, and this hook of the module is the last thing before that

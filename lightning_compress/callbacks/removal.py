@@ -18,6 +18,7 @@ from lightning_compress.callbacks.compiled import eager
 from lightning_compress.callbacks.session import CompressionSession
 from lightning_compress.callbacks.strategies import unwrapped
 from lightning_compress.plan import PruningPlan
+from lightning_compress.quantization_switch import quantization_off
 from lightning_compress.report import (
     CompressionReport,
     Latency,
@@ -124,7 +125,7 @@ def make_report(
     latency: dict[str, tuple[Latency, Latency]] = {}
     if dense is not None and context is not None:
         calls = {f"batch of {c.size}" if c.size else "one call": c for c in (session.example, session.batch)}
-        with context, eager(small):
+        with context, eager(small), quantization_off():
             for what, call in calls.items():
                 models = {"before": dense, "after": small}
                 times = measure_latency(models, call.args, call.kwargs, max_seconds=LATENCY_SECONDS)

@@ -35,6 +35,7 @@ from lightning_compress.surgery.guards import check_plain
 
 if TYPE_CHECKING:
     from lightning_compress.callbacks.finalize_compression import FinalizeCompression
+    from lightning_compress.callbacks.quantization_aware_training import QuantizationAwareTraining
     from lightning_compress.callbacks.structured_sparsity import StructuredSparsity
     from lightning_compress.callbacks.token_pruning import TokenPruning
 
@@ -100,6 +101,7 @@ class CompressionSession:
         self.sparsities: list[StructuredSparsity] = []
         self.finalizer: FinalizeCompression | None = None
         self.token_pruning: TokenPruning | None = None
+        self.quantization: QuantizationAwareTraining | None = None
         self.before_removal: list[Callable[[], None]] = []
         # what happens with a checkpoint before its weights are loaded: first to the dense module, then to its shape
         self.before_shape: list[Callable[[Mapping[str, Any]], None]] = []

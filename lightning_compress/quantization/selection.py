@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_compress.discovery import trace_structures
@@ -22,32 +21,24 @@ from lightning_compress.token_switch import tokens_off
 WEIGHT_KINDS = ("attention", "ffn", "channel", "embedding", "head", "other")
 PRODUCTS = ("attention", "ffn", "channel", "head", "other")  # all but tables
 OF_STRUCTURES = {"head": "attention", "qk_dim": "attention", "vo_dim": "attention", "ffn": "ffn", "channel": "channel"}
-LOOK_UPS = {F.embedding, F.embedding_bag, torch.embedding}
+# by name: what torch offers under several (functions, methods, operators), and in some versions only
+LOOK_UPS = {"embedding", "embedding_bag"}
 MULTIPLIES = {
-    F.linear,
-    F.bilinear,
-    F.conv1d,
-    F.conv2d,
-    F.conv3d,
-    F.conv_transpose1d,
-    F.conv_transpose2d,
-    F.conv_transpose3d,
-    F.multi_head_attention_forward,
-    torch.conv1d,
-    torch.conv2d,
-    torch.conv3d,
-    torch.matmul,
-    torch.mm,
-    torch.bmm,
-    torch.addmm,
-    torch.baddbmm,
-    torch.einsum,
-    Tensor.matmul,
-    Tensor.__matmul__,
-    Tensor.__rmatmul__,
-    Tensor.mm,
-    Tensor.bmm,
-    Tensor.addmm,
+    "linear",
+    "bilinear",
+    *(f"conv{transposed}{dims}d" for transposed in ("", "_transpose") for dims in (1, 2, 3)),
+    "multi_head_attention_forward",
+    "matmul",
+    "__matmul__",
+    "__rmatmul__",
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "einsum",
+    "tensordot",
+    "grouped_mm",
+    "_grouped_mm",
 }
 Modules = str | Sequence[str] | Mapping[str, "str | Quantizer"] | None
 
@@ -61,7 +52,8 @@ class _Reads(TorchFunctionMode):
         self.found: dict[str, str] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        use = "look-up" if func in LOOK_UPS else "product" if func in MULTIPLIES else None
+        called = getattr(func, "__name__", "")
+        use = "look-up" if called in LOOK_UPS else "product" if called in MULTIPLIES else None
         if use is not None:
             for value in _tensors((*args, *(kwargs or {}).values())):
                 base = value if value._base is None else value._base  # a part of a packed weight, or its transpose
