@@ -1,0 +1,91 @@
+"""The int8 product of torch, with inputs that are rounded by the range of the call: ``linear_dynamic``.
+
+On a CPU without VNNI instructions the kernel adds pairs of products in 16 bits and silently cuts off what does not fit.
+Inputs of seven bits fit. Whether they are needed is measured once, on the largest products that can occur.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_compress.quantization.errors import QuantizationError
+
+LONGEST = 64  # of the rows that are tried
+
+
+def reduced_range() -> bool | None:
+    """Whether inputs must have seven bits for the kernel to be exact on this machine; None if it is not even then."""
+    return _reduced_range(torch.backends.quantized.engine)
+
+
+def int8_kernel(integers: Tensor, scale: Tensor, bias: Tensor | None) -> Any:
+    """A weight as the kernel wants it.
+
+    Args:
+        integers: int8 (out, in), on the CPU.
+        scale: (out, 1), or (1, 1) for one of all rows.
+        bias: float32 (out,), or None.
+    """
+    rows = integers.shape[0]
+    with _quiet():
+        weight = torch._make_per_channel_quantized_tensor(
+            integers, scale.reshape(-1).expand(rows).double().contiguous(), torch.zeros(rows, dtype=torch.long), 0
+        )
+        return torch.ops.quantized.linear_prepack(weight, None if bias is None else bias.detach())
+
+
+def int8_product(inputs: Tensor, kernel: Any, reduced: bool) -> Tensor:
+    """Inputs (..., in), float32, times a weight; (..., out)."""
+    if inputs.dim() == 1:
+        return torch.ops.quantized.linear_dynamic(inputs.unsqueeze(0), kernel, reduced).squeeze(0)
+    return torch.ops.quantized.linear_dynamic(inputs, kernel, reduced)
+
+
+def check_available() -> bool:
+    """Whether inputs need seven bits.
+
+    Raises:
+        QuantizationError: if the kernel is missing or wrong on this machine.
+    """
+    reduced = reduced_range()
+    if reduced is None:
+        raise QuantizationError(
+            f"Expected the int8 kernel of torch to be exact on this machine, but with the engine "
+            f"{torch.backends.quantized.engine!r} it is missing or wrong. Set torch.backends.quantized.engine to another "
+            f"of {torch.backends.quantized.supported_engines}, or use backend='packed'."
+        )
+    return reduced
+
+
+@cache
+def _reduced_range(engine: str) -> bool | None:
+    integers = torch.tensor([[127], [-128]], dtype=torch.int8).repeat(1, LONGEST)
+    expected = torch.tensor([127.0, -128.0]) * LONGEST
+    for reduced in (False, True):
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                kernel = int8_kernel(integers, torch.ones(2, 1), None)
+                got = int8_product(torch.ones(LONGEST), kernel, reduced)
+        except (RuntimeError, AttributeError):  # no engine, or a torch that has the kernel no longer
+            return None
+        if torch.allclose(got, expected, rtol=1e-4):
+            return reduced
+    return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the notice that tensors of quantized types will go."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"torch\.quantize_per_tensor, torch\.quantize_per_channel", UserWarning)
+        yield
+
+
+__all__ = ["check_available", "int8_kernel", "int8_product", "reduced_range"]
