@@ -7,6 +7,8 @@ from lightning_compress.quantization.activations import (
     LearnedRange,
     ObservedRange,
 )
+from lightning_compress.quantization.conversion import ConversionReport
+from lightning_compress.quantization.convert import BACKENDS, convert
 from lightning_compress.quantization.errors import QuantizationError
 from lightning_compress.quantization.inputs import (
     InputQuantizer,
@@ -14,6 +16,8 @@ from lightning_compress.quantization.inputs import (
     detach_input_quantizers,
     input_quantizers,
 )
+from lightning_compress.quantization.kernels import packed_weights, plain_class
+from lightning_compress.quantization.packed import PackedForm, PackedWeight
 from lightning_compress.quantization.weights import (
     Suspended,
     WeightQuantizer,
@@ -25,21 +29,28 @@ from lightning_compress.quantization.weights import (
 )
 
 __all__ = [
+    "BACKENDS",
     "ActivationQuantizer",
+    "ConversionReport",
     "DynamicRange",
     "InputQuantizer",
     "InputState",
     "LearnedRange",
     "ObservedRange",
+    "PackedForm",
+    "PackedWeight",
     "QuantizationError",
     "Suspended",
     "WeightQuantizer",
     "attach_input_quantizers",
     "attach_quantizers",
+    "convert",
     "detach_input_quantizers",
     "detach_quantizers",
     "holders_of",
     "input_quantizers",
+    "packed_weights",
+    "plain_class",
     "suspended",
     "weight_quantizers",
 ]

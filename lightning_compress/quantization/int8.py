@@ -58,8 +58,8 @@ def check_available() -> bool:
     if reduced is None:
         raise QuantizationError(
             f"Expected the int8 kernel of torch to be exact on this machine, but with the engine "
-            f"{torch.backends.quantized.engine!r} it is missing or wrong. Set torch.backends.quantized.engine to another "
-            f"of {torch.backends.quantized.supported_engines}, or use backend='packed'."
+            f"{torch.backends.quantized.engine!r} it is missing or wrong. Set it to another of "
+            f"{torch.backends.quantized.supported_engines}, or use backend='packed'."
         )
     return reduced
 
