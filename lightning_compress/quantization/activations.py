@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_compress.quantization.int8 import reduced_range
+from lightning_compress.quantization.int8 import reduced_range, rounded_inputs
 from lightning_compress.quantizers.base import check_bits, straight_through
 from lightning_compress.quantizers.learned import LEAST, learned_step
 
@@ -90,11 +90,13 @@ class DynamicRange(ActivationQuantizer):
     def __call__(self, inputs: Tensor, state: InputState, training: bool) -> Tensor:
         """The inputs on the grid of their own range; the state is not used."""
         with torch.no_grad():
-            wide = _wide(inputs)
-            least, most = wide.aminmax()
-            values, _ = _on_grid(wide, least, most, self.steps(inputs.device), 2**self.bits - 1)
-            values = values.to(inputs.dtype)
-        return straight_through(inputs, values)
+            wide, steps = _wide(inputs), self.steps(inputs.device)
+            values = None
+            if self.bits == 8 and wide.device.type == "cpu" and wide.dtype == torch.float32:
+                values = rounded_inputs(wide, steps == 127)  # the same, in a fraction of the time
+            if values is None:
+                values = on_range(wide, steps, 2**self.bits - 1)
+        return straight_through(inputs, values.to(inputs.dtype))
 
     def steps(self, device: torch.device) -> int:
         """:math:`n` on this device."""
@@ -214,6 +216,11 @@ class LearnedRange(ActivationQuantizer):
             state.step.fill_((2 * size / math.sqrt(self.ends(state.signed)[1])).clamp(min=LEAST))
 
 
+def on_range(inputs: Tensor, steps: int, largest: int) -> Tensor:
+    """Inputs on the grid of their range: so many steps, integers from 0 to ``largest``."""
+    return _on_grid(inputs, *inputs.aminmax(), steps, largest)[0]
+
+
 def _wide(inputs: Tensor) -> Tensor:
     return inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
 
@@ -247,4 +254,4 @@ def _scale_and_zero(least: Tensor, most: Tensor, steps: int) -> tuple[Tensor, Te
     return scale.to(least.dtype), zero.to(least.dtype)
 
 
-__all__ = ["ActivationQuantizer", "DynamicRange", "InputState", "LearnedRange", "ObservedRange"]
+__all__ = ["ActivationQuantizer", "DynamicRange", "InputState", "LearnedRange", "ObservedRange", "on_range"]

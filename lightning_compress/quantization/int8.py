@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -46,6 +46,16 @@ def int8_product(inputs: Tensor, kernel: Any, reduced: bool) -> Tensor:
     if inputs.dim() == 1:
         return torch.ops.quantized.linear_dynamic(inputs.unsqueeze(0), kernel, reduced).squeeze(0)
     return torch.ops.quantized.linear_dynamic(inputs, kernel, reduced)
+
+
+def rounded_inputs(inputs: Tensor, reduced: bool) -> Tensor | None:
+    """Inputs, float32 on the CPU, with the values that the kernel rounds them to; None for inputs that it refuses."""
+    try:
+        # the notice comes once, and came when the kernel was tried, unless all are asked for
+        with _quiet() if torch.is_warn_always_enabled() or reduced_range() is None else nullcontext():
+            return torch.quantize_per_tensor_dynamic(inputs, torch.quint8, reduced).dequantize()
+    except (RuntimeError, AttributeError):  # NaN, or a torch that has it no longer
+        return None
 
 
 def check_available() -> bool:
@@ -88,4 +98,4 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-__all__ = ["check_available", "int8_kernel", "int8_product", "reduced_range"]
+__all__ = ["check_available", "int8_kernel", "int8_product", "reduced_range", "rounded_inputs"]

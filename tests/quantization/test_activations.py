@@ -24,6 +24,7 @@ from lightning_compress.quantization import (
     detach_input_quantizers,
     input_quantizers,
 )
+from lightning_compress.quantization.activations import on_range
 from lightning_compress.quantization.int8 import reduced_range
 from lightning_compress.quantization_switch import quantization_off
 from lightning_compress.quantizers import Uniform
@@ -47,6 +48,9 @@ def test_the_dynamic_range_is_that_of_the_native_kernel_bit_for_bit() -> None:
                 warnings.simplefilter("ignore", UserWarning)  # quantized tensors are deprecated
                 expected = torch.quantize_per_tensor_dynamic(x, torch.quint8, reduced).dequantize()
             assert torch.equal(DynamicRange(8, reduced)(x, InputState(), False), expected), (x, reduced)
+            assert torch.equal(on_range(x, 127 if reduced else 255, 255), expected), (x, reduced)
+    nothing = torch.full((2, 2), torch.nan)  # which the kernel refuses
+    assert DynamicRange()(nothing, InputState(), False).isnan().all()
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
