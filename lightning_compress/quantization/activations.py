@@ -182,7 +182,7 @@ class LearnedRange(ActivationQuantizer):
 
     def first_state(self) -> InputState:
         """A step that gets its value with the first batch, so that an optimizer can have it before."""
-        return InputState(step=torch.zeros(1, 1).requires_grad_())
+        return InputState(step=torch.zeros(1, 1, dtype=torch.float32).requires_grad_())
 
     def __call__(self, inputs: Tensor, state: InputState, training: bool) -> Tensor:
         """The inputs on the grid of the step; the first inputs that are not all 0 set it."""

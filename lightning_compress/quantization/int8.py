@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_compress.quantization.errors import QuantizationError
 
@@ -36,7 +37,10 @@ def int8_kernel(integers: Tensor, scale: Tensor, bias: Tensor | None) -> Any:
     rows = integers.shape[0]
     with _quiet():
         weight = torch._make_per_channel_quantized_tensor(
-            integers, scale.reshape(-1).expand(rows).double().contiguous(), torch.zeros(rows, dtype=torch.long), 0
+            integers,
+            scale.reshape(-1).expand(rows).double().contiguous(),
+            torch.zeros(rows, dtype=torch.long, device="cpu"),
+            0,
         )
         return torch.ops.quantized.linear_prepack(weight, None if bias is None else bias.detach())
 
@@ -76,17 +80,18 @@ def check_available() -> bool:
 
 @cache
 def _reduced_range(engine: str) -> bool | None:
-    integers = torch.tensor([[127], [-128]], dtype=torch.int8).repeat(1, LONGEST)
-    expected = torch.tensor([127.0, -128.0]) * LONGEST
-    for reduced in (False, True):
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                kernel = int8_kernel(integers, torch.ones(2, 1), None)
-                got = int8_product(torch.ones(LONGEST), kernel, reduced)
-        except (RuntimeError, AttributeError):  # no engine, or a torch that has the kernel no longer
-            return None
-        if torch.allclose(got, expected, rtol=1e-4):
-            return reduced
+    # whatever modes the first call happens to be under, the answer is kept
+    with _disable_current_modes(), torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+        integers = torch.tensor([[127], [-128]], dtype=torch.int8).repeat(1, LONGEST)
+        expected = LONGEST * torch.tensor([127, -128], dtype=torch.float32)
+        for reduced in (False, True):
+            try:
+                kernel = int8_kernel(integers, torch.ones(2, 1, dtype=torch.float32), None)
+                got = int8_product(torch.ones(LONGEST, dtype=torch.float32), kernel, reduced)
+            except (RuntimeError, AttributeError):  # no engine, or a torch that has the kernel no longer
+                return None
+            if torch.allclose(got, expected, rtol=1e-4):
+                return reduced
     return None
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_compress.quantization.activations import DynamicRange
 from lightning_compress.quantization.inputs import INPUT, InputQuantizer
@@ -99,6 +100,8 @@ def int8_obstacle(module: nn.Module, key: str, form: PackedForm) -> str | None:
     quantizing: InputQuantizer | None = vars(module).get(INPUT)
     if key != "weight" or not isinstance(module, nn.Linear) or not _has_forward_of(module, nn.Linear):
         return f"{type(module).__name__} is no plain linear layer"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "attention reads it and does not call its layer"
     if quantizing is None or not isinstance(quantizing.quantizer, DynamicRange) or not quantizing.enabled:
         return "its inputs are not quantized by a DynamicRange"
     if quantizing.quantizer.bits != 8:

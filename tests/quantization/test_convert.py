@@ -31,6 +31,7 @@ from lightning_compress.quantization.int8 import reduced_range
 from lightning_compress.quantization.kernels import KERNEL
 from lightning_compress.quantization_switch import quantization_off
 from lightning_compress.quantizers import Binary, LearnedStep, Quantizer, Stochastic, Ternary, Uniform, packed_bytes
+from tests.zoo import MODELS
 
 EVERY: list[Quantizer] = [
     Uniform(8),
@@ -384,9 +385,44 @@ def test_other_reasons_for_no_int8() -> None:
     assert "another hook changes its inputs after they are quantized" in why(hooked)
     if reduced_range():
         assert "255 steps, which this machine does not compute exactly" in why(layer(4, 2, True, Uniform(8), False))
+    attention = nn.MultiheadAttention(4, 2)
+    attach_quantizers(attention, {"out_proj.weight": Uniform(8)})
+    attach_input_quantizers(attention, {"out_proj": DynamicRange()})
+    assert "'out_proj.weight': attention reads it and does not call its layer" in why(attention)
     own = layer(4, 2, True, Uniform(8))
     own.forward = lambda x: x  # type: ignore[method-assign]
     assert "Linear is no plain linear layer" in why(own)
+
+
+def test_what_was_asked_about_the_kernel_once_holds_under_every_mode() -> None:
+    from torch._subclasses import FakeTensorMode
+
+    from lightning_compress.quantization import int8
+
+    asked = int8._reduced_range.__wrapped__
+    expected = asked(torch.backends.quantized.engine)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with FakeTensorMode(), torch.device("meta"), torch.inference_mode():
+            assert asked(torch.backends.quantized.engine) is expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_model_computes_as_it_was_prepared(name: str) -> None:
+    example, kwargs = MODELS[name], MODELS[name].kwargs or {}
+    model = example.model().eval()
+    owners = dict(model.named_modules())
+    read = [n for n, _ in model.named_parameters() if not isinstance(owners[n.rpartition(".")[0]], nn.RNNBase)]
+    names = [n for n in read if model.get_parameter(n).dim() > 1]
+    attach_quantizers(model, {n: Uniform(4 if number % 2 else 8) for number, n in enumerate(names)})
+    for backend in ("packed", "unpacked"):
+        report = convert(copy.deepcopy(model), backend, (example.args, kwargs), seconds=0.01)
+        assert report.error == 0 and list(report.converted) == names
+    attach_input_quantizers(model, {p: DynamicRange() for p, m in owners.items() if isinstance(m, nn.Linear)})
+    report = convert(model, "native", (example.args, kwargs), tolerance=1e-5, seconds=0.01)
+    assert report.error is not None and report.error < 1e-5
 
 
 # What is measured and reported

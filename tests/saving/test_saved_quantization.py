@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import struct
 from pathlib import Path
 from typing import Any
@@ -327,3 +328,32 @@ def test_backends_are_chosen_for_converted_models_only(saved: Path, monkeypatch:
     monkeypatch.setattr("lightning_compress.quantization.int8._reduced_range", lambda engine: None)
     with pytest.raises(QuantizationError, match=r"int8 kernel of torch to be exact on this machine"):
         load_compressed(saved, Tied, backend="native")
+
+
+ODD = [None, True, -1, 0, 1, 3, 10**30, 1.5, "", "x", "row", [], {}, [[]], {"a": 1}, 2**40, "native", "unpacked"]
+
+
+def test_records_that_were_changed_at_random_are_refused_or_loaded(saved: Path) -> None:
+    choose, text, refused = random.Random(0), (saved / "compression.json").read_text(), 0
+    for _ in range(400):
+        data = json.loads(text)
+        at: Any = data["quantization"]
+        while True:
+            keys = list(at) if isinstance(at, dict) else list(range(len(at)))
+            key = choose.choice(keys)
+            if not isinstance(at[key], dict | list) or not at[key] or choose.random() < 0.1:
+                break
+            at = at[key]
+        kind = choose.randrange(3)
+        if kind == 0:
+            del at[key]
+        else:
+            at[key] = choose.choice(ODD)
+        (saved / "compression.json").write_text(json.dumps(data))
+        try:
+            model = load_compressed(saved, Tied)
+        except ValueError:  # nothing else may be raised
+            refused += 1
+        else:
+            model(IDS)
+    assert 200 < refused < 400
