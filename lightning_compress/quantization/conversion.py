@@ -19,7 +19,9 @@ class ConversionReport:
             quantization, "fp32"; empty without an example.
         errors: of every candidate, the largest max |difference| / max |reference| of an output of the example, against
             the prepared model; empty without an example.
-        tolerance: the largest error that was allowed.
+        layer_error: of int8 products of the example, the largest max |difference| / max |reference|, against products
+            of float32 with the same inputs; None without an example or such products.
+        tolerance: the largest of the errors that was allowed.
         bytes_before: of all parameters, before.
         bytes_after: of all parameters, packed: integers, scales, offsets, and what was left as it is.
         converted: by names of parameters, how each is computed with.
@@ -29,6 +31,7 @@ class ConversionReport:
     backend: str
     milliseconds: Mapping[str, float]
     errors: Mapping[str, float]
+    layer_error: float | None
     tolerance: float
     bytes_before: int
     bytes_after: int
@@ -63,6 +66,8 @@ class ConversionReport:
             if name in self.errors and not self.errors[name] <= self.tolerance:
                 mark = f"  above the tolerance of {self.tolerance:g}"
             lines.append(f"{name:10}{time:10.2f}{error:>10}{mark}")
+        if self.layer_error is not None:
+            lines.append(f"Error of int8 products, each by itself: {self.layer_error:.1e}")
         if not self.is_faster:
             lines.append(f"No candidate that was allowed is faster than {DENSE}: the model is smaller, not faster.")
         return "\n".join(lines)

@@ -6,7 +6,8 @@ embedding looks its rows up and unpacks those. A linear layer whose inputs are q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal
 
@@ -118,6 +119,25 @@ def int8_obstacle(module: nn.Module, key: str, form: PackedForm) -> str | None:
     if form.dtype != torch.float32:
         return f"its type is {str(form.dtype).removeprefix('torch.')}, not float32"
     return None
+
+
+@contextmanager
+def int8_compared(model: nn.Module) -> Iterator[list[float]]:
+    """Under it every int8 product is compared with the same product of float32; relative errors go into the list."""
+    errors: list[float] = []
+
+    def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        expected = _forward_plain(module, *args, **kwargs)
+        if expected.numel():
+            errors.append(float((output - expected).abs().max()) / (float(expected.abs().max()) or 1.0))
+
+    layers = [module for module in model.modules() if packed_of(module) and type(module).forward is _forward_int8]
+    handles = [module.register_forward_hook(compare, with_kwargs=True) for module in layers]
+    try:
+        yield errors
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _looks_up(module: nn.Module) -> bool:
@@ -242,4 +262,14 @@ class _Int8Product(torch.autograd.Function):
         return gradient @ ctx.packed.values(), of_bias, None, None, None
 
 
-__all__ = ["Way", "choose_ways", "install_packed", "int8_obstacle", "packed_of", "packed_weights", "plain_class"]
+__all__ = [
+    "Holder",
+    "Way",
+    "choose_ways",
+    "install_packed",
+    "int8_compared",
+    "int8_obstacle",
+    "packed_of",
+    "packed_weights",
+    "plain_class",
+]

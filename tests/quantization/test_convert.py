@@ -23,6 +23,7 @@ from lightning_compress.quantization import (
     convert,
     detach_input_quantizers,
     input_quantizers,
+    int8,
     packed_weights,
     plain_class,
     weight_quantizers,
@@ -397,8 +398,6 @@ def test_other_reasons_for_no_int8() -> None:
 def test_what_was_asked_about_the_kernel_once_holds_under_every_mode() -> None:
     from torch._subclasses import FakeTensorMode
 
-    from lightning_compress.quantization import int8
-
     asked = int8._reduced_range.__wrapped__
     expected = asked(torch.backends.quantized.engine)
     torch.set_default_dtype(torch.float64)
@@ -458,6 +457,24 @@ def test_auto_keeps_the_fastest_that_agrees(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module, "_difference", lambda *_: 0.5)
     with pytest.raises(QuantizationError, match=r"within 0.01, but the errors are native 5.0e-01, packed 5.0e-01, unp"):
         run(times)
+
+
+def test_int8_products_are_compared_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(5, 8)
+    report = convert(layer(8, 4, True, Uniform(8)), "native", ((x,), {}), seconds=0.01)
+    assert report.layer_error is not None and report.layer_error < 1e-5
+    assert "Error of int8 products, each by itself: " in str(report)
+    assert convert(layer(8, 4, True, Uniform(8)), "packed", ((x,), {}), seconds=0.01).layer_error is None
+    # a kernel that is a little wrong
+    monkeypatch.setattr(
+        "lightning_compress.quantization.kernels.int8_product", lambda *given: int8.int8_product(*given) * 1.001
+    )
+    model = layer(8, 4, True, Uniform(8))
+    with pytest.raises(QuantizationError, match=r"int8 products to be those of float32 within 0.0001, .* is 1.0e-03"):
+        convert(model, "native", ((x,), {}), seconds=0.01)
+    assert list(weight_quantizers(model)) == ["weight"]
+    report = convert(model, "auto", ((x,), {}), seconds=0.01)
+    assert report.backend in ("packed", "unpacked") and report.errors["native"] < 0.05
 
 
 def test_the_report_says_what_was_done() -> None:
