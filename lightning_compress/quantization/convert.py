@@ -33,6 +33,7 @@ from lightning_compress.timing import measure_latency
 BACKENDS = ("native", "packed", "unpacked")
 SEED = 0
 LAYER_TOLERANCE = 1e-4  # of one int8 product, whose rounding is some 1e-6
+ONCE = "unpacked once"
 HOW = {
     "int8": "multiplied in int8",
     "rows": "unpacked row by row, where they are looked up",
@@ -55,11 +56,11 @@ def convert(
     Backends:
 
     - "native": linear layers with 8 bits or fewer around 0, one scale or one a row, whose inputs are quantized by
-      ``DynamicRange(8)``, multiply int8 with torch's dynamic kernel, on the CPU, in float32. Other weights are as with
-      "packed". Each product differs from that of the prepared model by about 1e-6; where this moves an input of a later
-      layer across the middle between two steps, it becomes a step. So do the sums of another machine: outputs of a
-      prepared encoder of two layers differed by 1e-2 between float32 and float64. With an example, products are
-      compared one by one, and must agree within 1e-4.
+      ``DynamicRange(8)``, multiply int8 with torch's dynamic kernel, on the CPU, in float32. Embeddings unpack the rows
+      that they look up, and other weights are unpacked once. Each product differs from that of the prepared model by
+      about 1e-6; where this moves an input of a later layer across the middle between two steps, it becomes a step. So
+      do the sums of another machine: outputs of a prepared encoder of two layers differed by 1e-2 between float32 and
+      float64. With an example, products are compared one by one, and must agree within 1e-4.
     - "packed": weights are unpacked at every read, which takes little memory and some time; rows of an embedding are
       unpacked where they are looked up.
     - "unpacked": weights are packed in the state of the model, and unpacked once. As fast as before.
@@ -232,9 +233,9 @@ def _holder(model: nn.Module, name: str) -> Holder:
 
 def _how(planned: _Planned, ways: Mapping[str, str], backend: str, native: Mapping[str, str | None]) -> str:
     if backend == "unpacked":
-        return "unpacked once"
+        return ONCE
     found = dict.fromkeys(
-        HOW[ways[name]] + (f": {native[name]}" if backend == "native" and ways[name] == "read" else "")
+        f"{ONCE}: {native[name]}" if backend == "native" and ways[name] == "read" else HOW[ways[name]]
         for name in planned.names
     )
     return " and ".join(found)

@@ -55,9 +55,11 @@ def choose_ways(model: nn.Module, native: bool) -> dict[str, Way]:
 
     Args:
         model: the model.
-        native: whether linear layers multiply int8 where they can.
+        native: whether linear layers multiply int8 where they can; what is read otherwise is unpacked once then,
+            because time counts.
     """
     ways: dict[str, Way] = {}
+    read: list[PackedWeight] = []
     for path, module in model.named_modules():
         held = packed_of(module)
         if not held:
@@ -68,11 +70,16 @@ def choose_ways(model: nn.Module, native: bool) -> dict[str, Way]:
                 way = "int8"
             elif key == "weight" and not packed.kept and _looks_up(module):
                 way = "rows"
+            else:
+                read.append(packed)
             ways[f"{path}.{key}" if path else key] = way
         special = ways.get(f"{path}.weight" if path else "weight", "read")
         module.__class__ = _class_with(plain_class(module), tuple(sorted(held)), special)  # type: ignore[arg-type]
         if special == "int8":
             vars(module)[INPUT].in_kernel = True
+    if native:
+        for packed in read:
+            packed.kept = True
     return ways
 
 

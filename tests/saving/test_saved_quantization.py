@@ -126,6 +126,7 @@ def test_int8_products_and_ranges_of_inputs_come_back(tmp_path: Path) -> None:
     assert torch.equal(kept["up"].state.range, found["up"].state.range)  # type: ignore[arg-type]
     step = kept["down"].step
     assert step is not None and step.requires_grad and step.dtype == torch.float32
+    assert [p.kept for p in packed_weights(again).values()] == [p.kept for p in packed_weights(model).values()]
     other = load_compressed(tmp_path / "model", Tied, backend="packed")
     assert not input_quantizers(other)["out"].in_kernel
     torch.testing.assert_close(other(IDS), expected, rtol=1e-5, atol=1e-5)
