@@ -14,6 +14,7 @@ from lightning_compress.quantizers import Grid, Quantized, Quantizer, Scope, pac
 from lightning_compress.quantizers.quantized import slot_bits
 
 HALF = (torch.float16, torch.bfloat16)
+WORDS = {4: torch.int16, 2: torch.int32, 1: torch.int64}  # with a byte for every slot, by its bits
 
 
 @dataclass(frozen=True)
@@ -197,8 +198,10 @@ class PackedWeight:
             return pairs[:, 0] + 256 * pairs[:, 1] + low
         bytes_ = torch.arange(256, dtype=torch.int32, device=packed.device).unsqueeze(1)
         shifts = width * torch.arange(8 // width, dtype=torch.int32, device=packed.device)
-        table = ((bytes_ >> shifts) & (2**width - 1)).to(dtype) + low
-        return table.index_select(0, packed.int()).reshape(-1)
+        slots = ((bytes_ >> shifts) & (2**width - 1)).to(torch.uint8)
+        # the slots of a byte as one number, so that looking them up moves whole words
+        table = slots.view(WORDS[width]).reshape(-1)
+        return table.index_select(0, packed.int()).view(torch.uint8).to(dtype).add_(low)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
         copied = type(self).__new__(type(self))
