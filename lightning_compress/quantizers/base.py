@@ -72,8 +72,7 @@ class Quantizer(ABC):
             rounded = self.rounded(self.blocks(weight), generator, step)
             values = rounded.grid.values(rounded.integers).reshape(weight.shape).to(weight.dtype)
             passes = None if rounded.passes is None else rounded.passes.reshape(weight.shape)
-        result: Tensor = _StraightThrough.apply(weight, values, passes)
-        return result
+        return straight_through(weight, values, passes)
 
     @torch.no_grad()
     def quantize(self, weight: Tensor, step: Tensor | None = None) -> Quantized:
@@ -94,11 +93,21 @@ class Quantizer(ABC):
         return Scope(self.scope).split(wide).contiguous()  # sums in one order, whatever the layout
 
 
-class _StraightThrough(torch.autograd.Function):
-    """The values in the forward pass, bit for bit; in the backward pass the gradient of the weight."""
+def straight_through(exact: Tensor, values: Tensor, passes: Tensor | None = None) -> Tensor:
+    """``values``, bit for bit, with the gradient of ``exact``.
 
+    Args:
+        exact: what was rounded.
+        values: like it, rounded; no gradient goes there.
+        passes: bool, which elements get gradients; None for all.
+    """
+    result: Tensor = _StraightThrough.apply(exact, values, passes)
+    return result
+
+
+class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, values: Tensor, passes: Tensor | None) -> Tensor:
+    def forward(ctx: Any, exact: Tensor, values: Tensor, passes: Tensor | None) -> Tensor:
         ctx.save_for_backward(passes)
         return values.view_as(values)
 
@@ -129,4 +138,4 @@ def check_bits(name: str, bits: int, low: int, high: int) -> None:
         raise ValueError(f"Expected bits of {name} to be an integer from {low} to {high}, but got {bits!r}.")
 
 
-__all__ = ["Quantizer", "Rounded", "check_bits", "check_weight"]
+__all__ = ["Quantizer", "Rounded", "check_bits", "check_weight", "straight_through"]

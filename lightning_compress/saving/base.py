@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_compress.quantization import plain_class
 from lightning_compress.saving.manifest import Base
 from lightning_compress.surgery.record import dense_config
 
@@ -24,9 +25,9 @@ def base_of(model: nn.Module) -> Base | None:
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return None
-    name = type(model).__name__
+    name, kind = type(model).__name__, plain_class(model)
     config = dense_config(model)
-    if getattr(transformers, name, None) is not type(model) or config is None:
+    if getattr(transformers, name, None) is not kind or config is None:
         return None  # a class of the user's own: nobody else can import it
     return Base(name, _encoded(config))
 

@@ -26,7 +26,11 @@ from lightning_compress.surgery import apply_plan
 
 
 def load_compressed(
-    folder: str | os.PathLike[str], factory: Callable[[], nn.Module] | None = None, *, nan: bool = False
+    folder: str | os.PathLike[str],
+    factory: Callable[[], nn.Module] | None = None,
+    *,
+    nan: bool = False,
+    backend: str | None = None,
 ) -> Any:
     """The model that ``save_compressed`` wrote into ``folder``, in evaluation mode on the CPU.
 
@@ -38,6 +42,8 @@ def load_compressed(
         factory: builds the dense module that was compressed: ``lambda: MyModel(width=512)``. Not needed for models of
             transformers.
         nan: whether weights may hold NaN.
+        backend: what a model that was converted to integers computes with, "native", "packed" or "unpacked"; None is
+            what it was saved with.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -75,8 +81,17 @@ def load_compressed(
                 f"Expected the removals of {os.fspath(place)!r} to fit the dense model, but replaying them on {path!r} "
                 f"raised {type(failure).__name__}: {failure}"
             ) from failure
+    if manifest.quantization is not None:
+        manifest.quantization.install(model, backend)
+    elif backend is not None:
+        raise ValueError(
+            f"Expected backend=None for {os.fspath(place)!r}, because its weights were not converted to integers, but "
+            f"got {backend!r}."
+        )
     check_fit(model, manifest.tensors, manifest.shared)
     fill(model, tensors, manifest.shared)
+    if manifest.quantization is not None:
+        manifest.quantization.check_values(model)
     for record in manifest.tokens:
         record.install(model)
     return model.eval()

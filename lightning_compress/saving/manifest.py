@@ -7,7 +7,7 @@
  "base": {"library": "transformers", "class": ..., "config": {...}},  or null: a factory is needed
  "versions": {"torch": "2.13.0", ...},
  "files": {"model.safetensors": {"bytes": 8192, "sha256": "..."}},
- "quantization": null,
+ "quantization": {"backend": "packed", "weights": [...], ...},         quantization/saved.py, or null
  "token_pruning": [{"module": "", "runtime": {...}}]}                 tokens/record.py
 """
 
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from lightning_compress.plan import PruningPlan
+from lightning_compress.quantization.saved import QuantizationRecord, read_quantization_record
 from lightning_compress.strict_json import StrictReader
 from lightning_compress.tokens.record import TokenRecord, read_token_record
 
@@ -91,6 +92,7 @@ class Manifest:
     versions: Mapping[str, str]
     files: Mapping[str, FileEntry]
     tokens: tuple[TokenRecord, ...] = ()
+    quantization: QuantizationRecord | None = None
 
     def to_json(self) -> str:
         """The text of ``compression.json``."""
@@ -105,7 +107,7 @@ class Manifest:
             else {"library": "transformers", "class": self.base.name, "config": self.base.config},
             "versions": dict(self.versions),
             "files": {n: {"bytes": f.bytes, "sha256": f.sha256} for n, f in self.files.items()},
-            "quantization": None,
+            "quantization": None if self.quantization is None else self.quantization.state(),
             "token_pruning": [{"module": t.module, "runtime": t.state} for t in self.tokens] or None,
         }
         return json.dumps(data, indent=1, allow_nan=False) + "\n"
@@ -119,14 +121,16 @@ class Manifest:
         read.string(data["format"], "format", [FORMAT])
         if data["version"] != VERSION or isinstance(data["version"], bool):
             read.refuse("version", f"{VERSION} (newer files need a newer lightning_compress)", data["version"])
-        if data["quantization"] is not None:
-            read.refuse("quantization", "null (other parts need a newer lightning_compress)", data["quantization"])
         tokens = () if data["token_pruning"] is None else read.items(data["token_pruning"], "token_pruning")
         tensors = {n: _tensor(v, f"tensors[{n!r}]") for n, v in read.mapping(data["tensors"], "tensors").items()}
         shared = {n: read.string(v, f"shared[{n!r}]") for n, v in read.mapping(data["shared"], "shared").items()}
         for name, first in shared.items():
             if first not in tensors or name in tensors:
                 read.refuse(f"shared[{name!r}]", "the name of a stored tensor, for a name that has none", first)
+        quantization = None
+        if data["quantization"] is not None:
+            stored = {n: (DTYPES[t.dtype], t.shape) for n, t in tensors.items()}
+            quantization = read_quantization_record(data["quantization"], "quantization", stored)
         files = {n: _file(v, f"files[{n!r}]") for n, v in read.mapping(data["files"], "files").items()}
         if set(files) != {WEIGHTS}:
             read.refuse("files", f"an object with the key {WEIGHTS!r}", sorted(files))
@@ -139,6 +143,7 @@ class Manifest:
             versions={n: read.string(v, f"versions[{n!r}]") for n, v in versions.items()},
             files=files,
             tokens=tuple(read_token_record(item, path) for path, item in tokens),
+            quantization=quantization,
         )
 
 

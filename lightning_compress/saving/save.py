@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from lightning_compress.quantization.saved import quantization_record
 from lightning_compress.saving.base import base_of
 from lightning_compress.saving.load import load_compressed
 from lightning_compress.saving.manifest import MANIFEST, WEIGHTS, FileEntry, Manifest
@@ -39,6 +40,9 @@ def save_compressed(
     at all. Where the dense model can be built (a model of transformers, or with ``factory``), the model is loaded
     again and compared before that.
 
+    A model that was converted to integers (``quantization.convert``) is saved with them: the file has the packed bytes,
+    scales and offsets, and what is not quantized. Quantizers of a model that was not converted are not saved.
+
     Args:
         model: the model that units were removed from, or a module that contains it, or a dense one.
         folder: where; it must not exist or be empty, or be overwritten.
@@ -49,8 +53,8 @@ def save_compressed(
         The manifest.
 
     Raises:
-        ValueError: for a compiled or scripted model; for state that is no dense tensor; or if the model cannot be built
-            again from what would be saved.
+        ValueError: for a compiled or scripted model; for state that is no dense tensor; for quantizers that are
+            none of this library; or if the model cannot be built again from what would be saved.
         FileExistsError: if the folder is not empty and not to be replaced, or holds other things.
     """
     target = Path(folder)
@@ -70,6 +74,7 @@ def save_compressed(
             versions=_versions(),
             files={WEIGHTS: FileEntry((work / WEIGHTS).stat().st_size, sha256(work / WEIGHTS))},
             tokens=token_records(model),
+            quantization=quantization_record(model),
         )
         (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         if factory is not None or manifest.base is not None:

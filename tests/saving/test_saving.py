@@ -251,7 +251,7 @@ def test_weights_that_fit_their_checksum_are_checked_all_the_same(saved: Path) -
         (lambda d: d.update(version=2), r"version to be 1 \(newer files need a newer lightning_compress\), but got 2"),
         (lambda d: d.update(version=True), "version to be 1 .*but got True"),
         (lambda d: d.pop("shared"), r"the keys .* but \['shared'\] are missing"),
-        (lambda d: d.update(quantization={}), "quantization to be null"),
+        (lambda d: d.update(quantization={}), r"quantization to have the keys .*'weights'\] are missing"),
         (lambda d: d.update(tensors=3), "tensors to be an object, but got 3"),
         (lambda d: d["tensors"]["up.bias"].update(dtype="object"), r"tensors\['up.bias'\].dtype to be one of"),
         (lambda d: d["tensors"]["up.bias"].update(shape="3"), r"shape to be a list, but got '3'"),
