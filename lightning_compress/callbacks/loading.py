@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 
 from lightning_compress.callbacks.checkpoint import plans_from_state, take_shape
-from lightning_compress.callbacks.quantizer_record import attach_state, quantizers_in
+from lightning_compress.callbacks.quantizer_record import attach_all, quantizers_in
 from lightning_compress.callbacks.session import traced_module
 from lightning_compress.callbacks.token_record import install_state, runtimes_in
 from lightning_compress.plan import PruningPlan
@@ -49,7 +49,7 @@ def load_from_checkpoint(
         for name, state in runtimes_in(checkpoint):
             install_state(traced_module(self, name), state)
         for name, state in quantizers_in(checkpoint):
-            attach_state(traced_module(self, name), state)
+            attach_all(traced_module(self, name), state)
         kind.on_load_checkpoint(self, checkpoint)
 
     # the weights are loaded inside the class method, and this hook of the module is the last thing before that

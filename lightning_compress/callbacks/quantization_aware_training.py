@@ -16,14 +16,24 @@ from lightning_compress.callbacks.compiled import is_compiled
 from lightning_compress.callbacks.moments import FitLength, Moment, batches_done
 from lightning_compress.callbacks.plain_copy import is_sharded
 from lightning_compress.callbacks.processes import Processes
-from lightning_compress.callbacks.quantizer_record import attach_state, quantizers_state
+from lightning_compress.callbacks.quantizer_record import attach_all, inputs_state, quantizers_state
 from lightning_compress.callbacks.quantizer_steps import StepLearner
 from lightning_compress.callbacks.session import CompressionSession, plainly, traced_module
 from lightning_compress.callbacks.strategies import check_strategy
 from lightning_compress.quantization import (
+    BACKENDS,
+    ActivationQuantizer,
+    ConversionReport,
+    InputQuantizer,
     WeightQuantizer,
+    activation_named,
+    attach_input_quantizers,
     attach_quantizers,
+    convert,
+    detach_input_quantizers,
     detach_quantizers,
+    input_quantizers,
+    select_inputs,
     select_weights,
     weight_kinds,
     weight_quantizers,
@@ -52,12 +62,19 @@ class QuantizationAwareTraining(Callback):
             activations, so all but tables of embeddings.
         start: fraction of the fit after which weights are quantized, in [0, 1); before, they are trained as they are.
         full_at: fraction of the fit at which all elements are quantized in training. Default: ``start``.
+        activations: quantizer of what modules with quantized weights are called with: "int8" to "int2" for the range
+            of every call, "lsq8" to "lsq2" for learned steps, or ``ObservedRange(...)``; None leaves activations alone.
+        backend: what the module computes with after the fit: "auto", "native", "packed" or "unpacked", see ``convert``,
+            which then replaces the weights by their integers. None leaves the floating point weights with their
+            quantizers, for a further fit.
         learning_rate: of learned step sizes, relative to them.
         seed: of everything random.
         module: dotted name of the sub-module that is quantized. Default: found from the first step.
 
     Attributes:
         quantizers: what is attached, by names of parameters; empty before ``start``.
+        inputs: what is attached to inputs, by paths of modules.
+        report: what ``convert`` has returned after the fit; None without a backend.
 
     Logs ``quantization/mix``, the part of the elements that is quantized, in every step.
 
@@ -78,6 +95,8 @@ class QuantizationAwareTraining(Callback):
         modules: Modules = None,
         start: float = 0.0,
         full_at: float | None = None,
+        activations: str | ActivationQuantizer | None = None,
+        backend: str | None = None,
         learning_rate: float = 2e-3,
         seed: int = 0,
         module: str | None = None,
@@ -91,6 +110,9 @@ class QuantizationAwareTraining(Callback):
             raise ValueError(
                 f"Expected full_at, a fraction of the fit, to be from start={start:g} to 1, but got {full_at}."
             )
+        self.activations = None if activations is None else activation_named(activations)
+        if backend not in (None, "auto", *BACKENDS):
+            raise ValueError(f"Expected backend to be None or one of {['auto', *BACKENDS]}, but got {backend!r}.")
         if not 0 < learning_rate < math.inf:
             raise ValueError(f"Expected learning_rate of step sizes to be above 0, but got {learning_rate}.")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -99,6 +121,7 @@ class QuantizationAwareTraining(Callback):
         self.modules = modules
         self.start = start
         self.full_at = start if full_at is None else full_at
+        self.backend = backend
         self.learning_rate = learning_rate
         self.seed = seed
         self.module = module
@@ -107,6 +130,8 @@ class QuantizationAwareTraining(Callback):
 
     def _reset(self) -> None:
         self.quantizers: dict[str, WeightQuantizer] = {}
+        self.inputs: dict[str, InputQuantizer] = {}
+        self.report: ConversionReport | None = None
         self._learner: StepLearner | None = None
         self._length: FitLength | None = None
         self._at = 0.0
@@ -222,7 +247,27 @@ class QuantizationAwareTraining(Callback):
         """Leave nothing behind in the module when the fit breaks off."""
         if self.quantizers and self._session is not None and self._session.traced is not None:
             detach_quantizers(self._session.traced)
+            detach_input_quantizers(self._session.traced)
         self._leave()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Replace weights by their integers, if a backend was asked for: checkpoints are written by now."""
+        session = self._joined()
+        if self.backend is None or not self.quantizers or session.traced is None:
+            return
+        traced, backend, example = session.traced, self.backend, session.example
+        call = None if example is None else (example.args, example.kwargs)
+        own: list[ConversionReport] = []
+
+        def first() -> str:
+            own.append(convert(traced, backend, call))
+            return own[0].backend
+
+        with plainly(pl_module):
+            # one process measures, or they might choose differently
+            chosen = session.processes.first("convert quantized weights", first)
+            self.report = own[0] if own else convert(traced, chosen)
+        rank_zero_info(str(self.report))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave nothing behind in the module after the fit but the quantizers."""
@@ -235,6 +280,7 @@ class QuantizationAwareTraining(Callback):
         return {
             "module": None if session is None or traced is None else session.traced_name,
             "quantizers": None if traced is None or not self.quantizers else quantizers_state(traced),
+            "inputs": None if traced is None or not self.inputs else inputs_state(traced),
             "learner": None if self._learner is None else self._learner.state_dict(),
         }
 
@@ -262,8 +308,16 @@ class QuantizationAwareTraining(Callback):
             self.quantizers = existing  # of a fit before
         else:
             self.quantizers = attach_quantizers(traced, chosen, self.seed)
-        self._learner = StepLearner(list(self.quantizers.values()))
+        if self.activations is not None:
+            wanted = select_inputs(traced, kinds, chosen, self.activations)
+            before = input_quantizers(traced)
+            again = {path: quantizing.quantizer for path, quantizing in before.items()} == wanted
+            self.inputs = before if again else attach_input_quantizers(traced, wanted)
+        self._learner = self._new_learner()
         rank_zero_info(f"QuantizationAwareTraining: {_in_words(chosen)}.")
+
+    def _new_learner(self) -> StepLearner:
+        return StepLearner([*self.quantizers.values(), *self.inputs.values()])
 
     def _mix(self) -> float:
         if self._at >= self.full_at - 1e-9:
@@ -279,8 +333,8 @@ class QuantizationAwareTraining(Callback):
         if state["quantizers"] is None:
             return
         session.traced_name, session.traced = state["module"], traced_module(pl_module, state["module"])
-        self.quantizers = attach_state(session.traced, state["quantizers"])
-        self._learner = StepLearner(list(self.quantizers.values()))
+        self.quantizers, self.inputs = attach_all(session.traced, state)
+        self._learner = self._new_learner()
         if state["learner"] is not None:
             self._learner.load_state_dict(state["learner"])
 
@@ -288,7 +342,7 @@ class QuantizationAwareTraining(Callback):
         """Outside a fit: attach what the checkpoint tells of."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if state is not None and state["quantizers"] is not None:
-            self.quantizers = attach_state(traced_module(pl_module, state["module"]), state["quantizers"])
+            self.quantizers, self.inputs = attach_all(traced_module(pl_module, state["module"]), state)
 
     def _joined(self) -> CompressionSession:
         assert self._session is not None, "setup has not been called"

@@ -7,8 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from lightning_compress.quantization import WeightQuantizer, attach_quantizers, detach_quantizers, weight_quantizers
-from lightning_compress.quantization.record import quantizer_from, quantizer_state
+from lightning_compress.quantization import (
+    InputQuantizer,
+    WeightQuantizer,
+    attach_input_quantizers,
+    attach_quantizers,
+    detach_input_quantizers,
+    detach_quantizers,
+    input_quantizers,
+    weight_quantizers,
+)
+from lightning_compress.quantization.record import activation_from, activation_state, quantizer_from, quantizer_state
 
 OWNER = "QuantizationAwareTraining"
 
@@ -40,10 +49,45 @@ def attach_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Weight
     return attached
 
 
+def inputs_state(model: nn.Module) -> dict[str, Any]:
+    """The quantizers on inputs of modules as text, numbers and tensors, by paths."""
+    return {
+        path: {
+            "quantizer": activation_state(quantizing.quantizer),
+            "range": None if quantizing.state.range is None else quantizing.state.range.clone(),
+            "step": None if quantizing.step is None else quantizing.step.detach().clone(),
+            "signed": quantizing.state.signed,
+            "calls": quantizing.calls,
+        }
+        for path, quantizing in input_quantizers(model).items()
+    }
+
+
+def attach_inputs_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, InputQuantizer]:
+    """Put quantizers on inputs, in place of those that the model may have."""
+    detach_input_quantizers(model)
+    chosen = {path: activation_from(own["quantizer"], f"inputs[{path!r}]") for path, own in state.items()}
+    attached = attach_input_quantizers(model, chosen)
+    for path, quantizing in attached.items():
+        own, step = state[path], quantizing.step
+        quantizing.state.range, quantizing.state.signed = own["range"], own["signed"]
+        if step is not None:
+            quantizing.state.step = own["step"].to(step).requires_grad_()
+        quantizing.calls = own["calls"]
+    return attached
+
+
 def quantizers_in(checkpoint: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """What a checkpoint tells of quantizers: names of modules and what ``attach_state`` takes."""
+    """What a checkpoint tells of quantizers: names of modules, and what ``attach_all`` takes."""
     states = [state for key, state in checkpoint.get("callbacks", {}).items() if key.startswith(OWNER)]
-    return [(state["module"], state["quantizers"]) for state in states if state.get("quantizers") is not None]
+    return [(state["module"], state) for state in states if state.get("quantizers") is not None]
 
 
-__all__ = ["attach_state", "quantizers_in", "quantizers_state"]
+def attach_all(
+    model: nn.Module, state: Mapping[str, Any]
+) -> tuple[dict[str, WeightQuantizer], dict[str, InputQuantizer]]:
+    """Put the quantizers of weights and of inputs on a model that the state of a callback tells of."""
+    return attach_state(model, state["quantizers"]), attach_inputs_state(model, state["inputs"] or {})
+
+
+__all__ = ["attach_all", "inputs_state", "quantizers_in", "quantizers_state"]

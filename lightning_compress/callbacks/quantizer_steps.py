@@ -16,7 +16,10 @@ from lightning_compress.callbacks.processes import Processes
 class HasStep(Protocol):
     """What has a learned step, a leaf tensor; None before it is known."""
 
-    step: Tensor | None
+    @property
+    def step(self) -> Tensor | None:
+        """The tensor."""
+        ...
 
 
 class StepLearner:
@@ -68,6 +71,8 @@ class StepLearner:
         for step, part in zip(self._learned, values.split([s.numel() for s in self._learned]), strict=True):
             step.grad = part.reshape(step.shape).to(step)
         for group in self.optimizer.param_groups:
+            if not group["size"]:  # set by the first batch
+                group["size"] = float(group["params"][0].detach().abs().mean())
             group["lr"] = learning_rate * group["size"]
         self.optimizer.step()
         for step in self._learned:

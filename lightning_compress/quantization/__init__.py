@@ -18,7 +18,13 @@ from lightning_compress.quantization.inputs import (
 )
 from lightning_compress.quantization.kernels import packed_weights, plain_class
 from lightning_compress.quantization.packed import PackedForm, PackedWeight
-from lightning_compress.quantization.selection import WEIGHT_KINDS, select_weights, weight_kinds
+from lightning_compress.quantization.selection import (
+    WEIGHT_KINDS,
+    activation_named,
+    select_inputs,
+    select_weights,
+    weight_kinds,
+)
 from lightning_compress.quantization.weights import (
     Suspended,
     WeightQuantizer,
@@ -44,6 +50,7 @@ __all__ = [
     "QuantizationError",
     "Suspended",
     "WeightQuantizer",
+    "activation_named",
     "attach_input_quantizers",
     "attach_quantizers",
     "convert",
@@ -53,6 +60,7 @@ __all__ = [
     "input_quantizers",
     "packed_weights",
     "plain_class",
+    "select_inputs",
     "select_weights",
     "suspended",
     "weight_kinds",

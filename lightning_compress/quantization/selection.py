@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_compress.discovery import trace_structures
 from lightning_compress.discovery.tracer import evaluation
+from lightning_compress.quantization.activations import ActivationQuantizer, DynamicRange, LearnedRange
 from lightning_compress.quantization.errors import QuantizationError
 from lightning_compress.quantization_switch import quantization_off
 from lightning_compress.quantizers import Quantizer, quantizer_named
@@ -175,10 +177,53 @@ def select_weights(kinds: Mapping[str, str], weights: str | Quantizer | None, mo
     return {name: chosen[name] for name in kinds if name in chosen}
 
 
+def activation_named(name: str | ActivationQuantizer) -> ActivationQuantizer:
+    """The quantizer of activations of a short name, or a quantizer as it is.
+
+    "int8" to "int2" are ``DynamicRange``, the range of every call; "lsq8" to "lsq2" ``LearnedRange``.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if isinstance(name, ActivationQuantizer):
+        return name
+    found = re.fullmatch(r"(int|lsq)([2-8])", name) if isinstance(name, str) else None
+    if found is None:
+        raise ValueError(
+            f"Expected a quantizer of activations or one of 'int8' to 'int2' and 'lsq8' to 'lsq2', but got {name!r}."
+        )
+    return DynamicRange(int(found[2])) if found[1] == "int" else LearnedRange(int(found[2]))
+
+
+def select_inputs(
+    model: nn.Module, kinds: Mapping[str, str], weights: Iterable[str], quantizer: ActivationQuantizer
+) -> dict[str, ActivationQuantizer]:
+    """The quantizer by paths of modules, for all that multiply their input with one of the weights.
+
+    Args:
+        model: the model.
+        kinds: what ``weight_kinds`` found.
+        weights: names of parameters; tables of embeddings have no inputs to quantize.
+        quantizer: for all of them.
+    """
+    paths = dict.fromkeys(name.rpartition(".")[0] for name in weights if kinds[name] != "embedding")
+    modules = dict(model.named_modules())
+    # a module with others inside does more with its input than multiply it
+    return {path: quantizer for path in paths if not any(modules[path].children())}
+
+
 def _fits(key: str, name: str, kind: str) -> bool:
     if key in WEIGHT_KINDS:
         return key == kind
     return fnmatchcase(name, key) or fnmatchcase(name.rpartition(".")[0], key)
 
 
-__all__ = ["PRODUCTS", "WEIGHT_KINDS", "Modules", "select_weights", "weight_kinds"]
+__all__ = [
+    "PRODUCTS",
+    "WEIGHT_KINDS",
+    "Modules",
+    "activation_named",
+    "select_inputs",
+    "select_weights",
+    "weight_kinds",
+]

@@ -16,15 +16,19 @@ from lightning_compress import (
     Distillation,
     FinalizeCompression,
     LearnedStep,
+    ObservedRange,
     QuantizationAwareTraining,
     QuantizationError,
     Stochastic,
     StructuredSparsity,
     TokenPruning,
     Uniform,
+    detach_input_quantizers,
+    input_quantizers,
     load_from_checkpoint,
     weight_quantizers,
 )
+from lightning_compress.quantization import packed_weights
 from tests.callbacks.modules import MLP, Classifier, Transformer, loader, trainer
 from tests.callbacks.processes import in_processes, parallel
 from tests.callbacks.token_modules import Reader, sentences
@@ -137,6 +141,55 @@ def test_learned_steps_are_learned_by_their_own_optimizer() -> None:
         assert quantizing.step.grad is None
 
 
+def test_activations_are_quantized_where_weights_are() -> None:
+    module = transformer()
+    callback = QuantizationAwareTraining("int8", activations="int8", modules=("attention", "ffn"))
+    fit(module, callback, max_epochs=2)
+    paths = {name.rpartition(".")[0] for name in callback.quantizers}
+    assert set(callback.inputs) == set(input_quantizers(module.model)) == paths
+    assert len(paths) == 12
+    assert all(quantizing.calls for quantizing in callback.inputs.values())
+    module.model.eval()
+    x = next(iter(loader(sequences=True)))[0]
+    output = module.model(x)
+    detach_input_quantizers(module.model)
+    assert not torch.equal(module.model(x), output)
+
+
+def test_learned_ranges_are_learned_beside_learned_steps() -> None:
+    module = transformer()
+    callback = QuantizationAwareTraining("lsq8", activations="lsq8", modules="ffn", learning_rate=5e-3)
+    first: dict[str, Tensor] = {}
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            for path, quantizing in callback.inputs.items():
+                if quantizing.state.signed is not None:
+                    first.setdefault(path, quantizing.step.detach().clone())
+
+    fit(module, callback, Look(), max_epochs=2)
+    assert len(first) == 4
+    for path, quantizing in callback.inputs.items():
+        assert quantizing.step is not None
+        moved = abs(float(quantizing.step.detach() - first[path])) / float(first[path])
+        assert 0 < moved < 5e-3 * 2 * BATCHES
+
+
+@pytest.mark.parametrize("backend", ["auto", "packed", "native"])
+def test_the_fit_ends_in_integers(backend: str) -> None:
+    module, plain = transformer(), transformer()
+    callback = QuantizationAwareTraining("int8", activations="int8", backend=backend)
+    fit(module, callback, FinalizeCompression(macs=0.5, at=0.5, report=False), max_epochs=3)
+    assert callback.report is not None
+    assert callback.report.backend in ("native", "packed", "unpacked")
+    assert weight_quantizers(module.model) == {}
+    assert set(packed_weights(module.model)) == set(callback.quantizers)
+    assert not any(name.endswith("q.weight") for name, _ in module.model.named_parameters())
+    assert callback.report.bytes_after < 0.6 * callback.report.bytes_before
+    assert torch.isfinite(module.model.eval()(next(iter(loader(sequences=True)))[0])).all()
+    assert plain.model(next(iter(loader(sequences=True)))[0]).shape == (8, 3)
+
+
 # Composition
 
 
@@ -210,11 +263,12 @@ class Save(pl.Callback):
     ids=str,
 )
 def test_straight_equals_crash_and_resume(weights: Any, removes: bool, epoch: int, tmp_path: Path) -> None:
+    activations = {"lsq4": "lsq8", "int8": ObservedRange(8)}.get(weights)
     path = tmp_path / "last.ckpt"
 
     def run(*more: pl.Callback, resume: Path | None = None) -> tuple[Classifier, QuantizationAwareTraining]:
         module = transformer()
-        quantize = QuantizationAwareTraining(weights, start=0.2, full_at=0.7)
+        quantize = QuantizationAwareTraining(weights, start=0.2, full_at=0.7, activations=activations)
         removal = [FinalizeCompression(macs=0.5, at=0.5, report=False)] if removes else []
         own = trainer(quantize, *removal, *more, max_epochs=6)
         own.fit(module, loader(sequences=True), ckpt_path=None if resume is None else str(resume))
@@ -230,6 +284,12 @@ def test_straight_equals_crash_and_resume(weights: Any, removes: bool, epoch: in
         assert (other.quantizer, other.seed, other.draw) == (quantizing.quantizer, quantizing.seed, quantizing.draw)
         if quantizing.step is not None:
             assert torch.equal(other.step, quantizing.step), name
+    assert again.inputs.keys() == callback.inputs.keys()
+    for path, observed in callback.inputs.items():
+        state, same = observed.state, again.inputs[path].state
+        assert same.signed == state.signed
+        for one, two in ((state.range, same.range), (state.step, same.step)):
+            assert (one is None and two is None) or torch.equal(one, two), path
     for (name, one), (_, other) in zip(straight.named_parameters(), resumed.named_parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, msg=name)
 
@@ -308,6 +368,11 @@ def test_processes_draw_and_learn_alike() -> None:
         ({"start": 1.0}, r"start, a fraction of the fit, to be in \[0, 1\), but got 1.0"),
         ({"start": 0.5, "full_at": 0.4}, r"full_at, a fraction of the fit, to be from start=0.5 to 1, but got 0.4"),
         ({"learning_rate": 0.0}, r"learning_rate of step sizes to be above 0, but got 0.0"),
+        ({"activations": "int9"}, r"quantizer of activations or one of 'int8' to 'int2' and 'lsq8' to 'lsq2', but got"),
+        (
+            {"backend": "fast"},
+            r"backend to be None or one of \['auto', 'native', 'packed', 'unpacked'\], but got",
+        ),
         ({"seed": -1}, r"seed to be an integer of at least 0, but got -1"),
     ],
 )
