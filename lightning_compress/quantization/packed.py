@@ -188,7 +188,7 @@ class PackedWeight:
     def _numbers(self, packed: Tensor) -> Tensor:
         """Integers of these bytes, those of slots that are not filled, too, (integers,), in the type of the scale.
 
-        ``unpack`` says the same; this takes a third of the time, which every forward pass waits for.
+        ``unpack`` says the same; this takes less than half of the time, which every forward pass waits for.
         """
         width, low, dtype = slot_bits(self.form.bits), self.form.low, self.form.scale_dtype
         if width == 8:

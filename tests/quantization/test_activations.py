@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_compress import apply_plan, discover, make_plan
 from lightning_compress.quantization import (
     ActivationQuantizer,
     DynamicRange,
@@ -21,6 +22,7 @@ from lightning_compress.quantization import (
     QuantizationError,
     attach_input_quantizers,
     attach_quantizers,
+    convert,
     detach_input_quantizers,
     input_quantizers,
 )
@@ -28,6 +30,7 @@ from lightning_compress.quantization.activations import on_range
 from lightning_compress.quantization.int8 import reduced_range
 from lightning_compress.quantization_switch import quantization_off
 from lightning_compress.quantizers import Uniform
+from tests.quantization.test_weights import Deep
 
 
 def inputs_of_all_kinds(number: int) -> list[Tensor]:
@@ -202,6 +205,31 @@ def test_it_goes_with_quantized_weights_and_the_fused_encoder_layer_stays_out_of
     with torch.no_grad():
         layer(x)
     assert [q.calls for q in found.values()] == [1, 1]
+
+
+def test_a_model_with_quantized_inputs_is_cut_as_the_plain_one() -> None:
+    torch.manual_seed(0)
+    model, x = Deep().double().eval(), torch.randn(2, 5, 8, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    chosen = {"layer.linear1": DynamicRange(), "layer.linear2": LearnedRange(4), "head": ObservedRange(4)}
+    found = attach_input_quantizers(model, chosen)
+    model.train()(x)
+    model.eval()
+    attach_quantizers(model, {"layer.linear1.weight": Uniform(8), "head.weight": Uniform(8)})
+    kinds = ("head", "ffn")
+    structures, same = (discover(m, (x,), kinds=kinds, prove=True) for m in (model, plain))
+    assert [(s.name, s.units, s.tier) for s in structures] == [(s.name, s.units, s.tier) for s in same]
+    plan = make_plan(plain, same, macs=0.5)
+    calls = {path: quantizing.calls for path, quantizing in found.items()}
+    for m in (model, plain):
+        report = apply_plan(m, plan, verify=((x,), {}))
+        assert report.error is not None and report.error < 1e-12
+    assert input_quantizers(model) == found
+    assert {path: quantizing.calls for path, quantizing in found.items()} == calls  # the removal is that of the weights
+    with quantization_off():
+        torch.testing.assert_close(model(x), plain(x))
+    assert torch.isfinite(model(x)).all()
+    assert convert(model, "packed", ((x,), {}), seconds=0.01).error == 0
 
 
 @pytest.mark.parametrize(

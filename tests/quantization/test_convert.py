@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_compress import discover
 from lightning_compress.quantization import (
     BACKENDS,
     ConversionReport,
@@ -397,6 +398,16 @@ def test_other_reasons_for_no_int8() -> None:
     own = layer(4, 2, True, Uniform(8))
     own.forward = lambda x: x  # type: ignore[method-assign]
     assert "Linear is no plain linear layer" in why(own)
+
+
+def test_a_converted_model_is_exported_and_kept_whole_by_discovery() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 2)).eval(), torch.randn(3, 8)
+    attach_quantizers(model, {"0.weight": Uniform(4), "2.weight": Uniform(3, symmetric=False)})
+    convert(model, "packed")
+    program = torch.export.export(model, (x,))
+    assert torch.equal(program.module()(x), model(x))
+    assert "0.weight_packed" in program.state_dict
+    assert not len(discover(model, (x,), prove=True))  # sizes of bytes cannot be cut
 
 
 def test_what_was_asked_about_the_kernel_once_holds_under_every_mode() -> None:
