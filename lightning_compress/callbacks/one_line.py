@@ -9,6 +9,7 @@ from lightning_compress.callbacks.finalize_compression import FinalizeCompressio
 from lightning_compress.callbacks.quantization_aware_training import QuantizationAwareTraining
 from lightning_compress.callbacks.structured_sparsity import StructuredSparsity
 from lightning_compress.callbacks.token_pruning import TokenPruning
+from lightning_compress.quantization import ActivationQuantizer
 from lightning_compress.quantization.selection import Modules
 from lightning_compress.quantizers import Quantizer
 
@@ -19,6 +20,8 @@ def compress(
     weights: str | Quantizer | None = None,
     at: float = 0.6,
     modules: Modules = None,
+    activations: str | ActivationQuantizer | None = None,
+    backend: str | None = None,
     distillation: float = 0.5,
     module: str | None = None,
 ) -> list[Callback]:
@@ -35,6 +38,9 @@ def compress(
         weights: quantizer of the weights (`QuantizationAwareTraining`); None leaves them floating point.
         at: fraction of the fit at which units are removed and quantization begins, in (0, 1).
         modules: which weights are quantized, and how; see `QuantizationAwareTraining`.
+        activations: quantizer of what these weights are multiplied with, likewise; "int8" for products of integers.
+        backend: what the model computes with after the fit, likewise: "auto" replaces weights by their integers and
+            keeps what is fastest here.
         distillation: weight of the teacher's outputs in the loss; 0 for none. Without ``macs`` and ``weights`` nothing
             says when a teacher is copied, and there is none.
         module: dotted name of the sub-module that is compressed. Default: found from the first step.
@@ -63,7 +69,10 @@ def compress(
     if tokens is not None:
         callbacks.append(TokenPruning(macs=tokens, start=at if macs is None else None, module=module))
     if quantized:
-        callbacks.append(QuantizationAwareTraining(weights, modules, start=at, module=module))
+        quantize = QuantizationAwareTraining(
+            weights, modules, start=at, activations=activations, backend=backend, module=module
+        )
+        callbacks.append(quantize)
     return callbacks
 
 

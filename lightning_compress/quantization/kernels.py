@@ -106,8 +106,10 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 def int8_obstacle(module: nn.Module, key: str, form: PackedForm) -> str | None:
     """Why a module cannot multiply int8; None if it can."""
     quantizing: InputQuantizer | None = vars(module).get(INPUT)
-    if key != "weight" or not isinstance(module, nn.Linear) or not _has_forward_of(module, nn.Linear):
+    if key != "weight" or not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         return f"{type(module).__name__} is no plain linear layer"
+    if "forward" in vars(module):
+        return "its forward has been replaced, as token pruning does where a tail begins"
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "attention reads it and does not call its layer"
     if quantizing is None or not isinstance(quantizing.quantizer, DynamicRange) or not quantizing.enabled:

@@ -81,6 +81,9 @@ def load_compressed(
                 f"Expected the removals of {os.fspath(place)!r} to fit the dense model, but replaying them on {path!r} "
                 f"raised {type(failure).__name__}: {failure}"
             ) from failure
+    # before quantization: a layer that tokens skip is not multiplied in int8, whose range would be that of other tokens
+    for record in manifest.tokens:
+        record.install(model)
     if manifest.quantization is not None:
         manifest.quantization.install(model, backend)
     elif backend is not None:
@@ -92,8 +95,6 @@ def load_compressed(
     fill(model, tensors, manifest.shared)
     if manifest.quantization is not None:
         manifest.quantization.check_values(model)
-    for record in manifest.tokens:
-        record.install(model)
     return model.eval()
 
 

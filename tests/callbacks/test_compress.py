@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +16,14 @@ from lightning_compress import (
     TokenPruning,
     Uniform,
     compress,
+    load_compressed,
+    save_compressed,
     token_runtime,
     weight_quantizers,
 )
+from lightning_compress.quantization import packed_weights
 from tests.callbacks.modules import trainer
-from tests.callbacks.token_modules import Reader, sentences
+from tests.callbacks.token_modules import Encoder, Reader, sentences
 
 
 @pytest.mark.parametrize(
@@ -52,10 +56,12 @@ def test_settings_reach_the_callbacks() -> None:
     assert compress(tokens=0.5, at=0.3)[0].start == 0.3  # type: ignore[attr-defined]
 
 
-def test_a_fit_with_all_of_it() -> None:
+@pytest.mark.parametrize("backend", [None, "packed", "native"])
+def test_a_fit_with_all_of_it(backend: str | None, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = Reader()
-    callbacks = compress(macs=0.5, tokens=0.6, weights="int8", at=0.4)
+    activations = None if backend is None else "int8"
+    callbacks = compress(macs=0.5, tokens=0.6, weights="int8", activations=activations, backend=backend, at=0.4)
     trainer(*callbacks, max_epochs=8).fit(module, sentences(), sentences(seed=2))
     _, _, finalize, tokens, quantize = callbacks
     assert isinstance(finalize, FinalizeCompression)
@@ -66,8 +72,20 @@ def test_a_fit_with_all_of_it() -> None:
     assert finalize.report.prunable_macs[1] <= 0.5 * finalize.report.prunable_macs[0]
     assert tokens.relative_macs == pytest.approx(0.6, rel=0.01)
     assert token_runtime(module.model) is not None
-    assert {q.quantizer for q in weight_quantizers(module.model).values()} == {Uniform(8)}
+    assert {q.quantizer for q in quantize.quantizers.values()} == {Uniform(8)}
     assert module.losses[-1] < module.losses[0]
+    if backend is None:
+        assert weight_quantizers(module.model) == quantize.quantizers
+        return
+    # saved with fewer units, fewer tokens and integers, and built again
+    batch = next(iter(sentences(seed=3)))
+    with torch.no_grad():
+        output = module.model.eval()(batch["ids"], batch["mask"])
+        save_compressed(module.model, tmp_path / "small", factory=Encoder)
+        loaded = load_compressed(tmp_path / "small", factory=Encoder)
+        assert torch.equal(loaded(batch["ids"], batch["mask"]), output)
+    assert token_runtime(loaded) is not None
+    assert set(packed_weights(loaded)) == set(quantize.quantizers)
 
 
 def test_nothing_to_compress_is_refused() -> None:
