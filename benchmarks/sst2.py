@@ -21,13 +21,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from statistics import mean, median
@@ -46,6 +42,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model  # no
 from torch import Tensor, nn  # noqa: E402
 from transformers.modeling_outputs import SequenceClassifierOutput  # noqa: E402
 
+from benchmarks import side_by_side  # noqa: E402
 from lightning_compress import (  # noqa: E402
     FinalizeCompression,
     PruningPlan,
@@ -335,42 +332,19 @@ def train(run: Run, data_folder: str) -> dict[str, Any]:
 
 
 def single(run: Run, data_folder: str) -> None:
-    if run.result.is_file():
-        print(f"{run.name}: result is there, nothing to do")
-        return
-    RESULTS.mkdir(parents=True, exist_ok=True)
     RUNS.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {
-        "method": run.method,
-        "size": run.size,
-        "seed": run.seed,
-        "command": " ".join(["python benchmarks/sst2.py", *run.arguments]),
-        "versions": {name: version(name) for name in ("torch", "lightning", "transformers")},
-        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} thread",
-        "precision": "training in bfloat16 (mixed), evaluation in float32",
-    }
-    record |= train(run, data_folder)
-    run.result.write_text(json.dumps(record, indent=2) + "\n")
+    precision = "training in bfloat16 (mixed), evaluation in float32"
+    settings = {"method": run.method, "size": run.size, "seed": run.seed, "precision": precision}
+    side_by_side.finish("sst2.py", run, settings, lambda: train(run, data_folder))
     for checkpoint in (RUNS / run.name).glob("*.ckpt"):  # the weights are kept; a finished run is never resumed
         checkpoint.unlink()
-    print(f"{run.name}: {record['accuracy']}")
 
 
 def queue(jobs: int, data_folder: str) -> None:
-    """Every run without a result, each in a process of its own with one thread; the dense runs first."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-
-    def start(run: Run) -> None:
-        RUNS.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, __file__, *run.arguments, "--data", data_folder]
-        with open(RUNS / f"{run.name}.log", "a") as log:
-            code = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
-        print(f"{run.name}: {'done' if code == 0 else f'failed, see {log.name}'}", flush=True)
-
+    """Every run without a result, the dense ones first."""
     compressed = [Run(method, seed, size) for size in (0.125, 0.25, 0.5) for method in METHODS for seed in SEEDS]
-    for runs in ([Run("dense", seed) for seed in SEEDS], compressed):
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(start, (run for run in runs if not run.result.is_file())))
+    stages = ([Run("dense", seed) for seed in SEEDS], compressed)
+    side_by_side.run_all(__file__, stages, jobs, data_folder, RUNS)
 
 
 # Numbers

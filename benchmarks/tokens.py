@@ -29,11 +29,9 @@ import copy
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -55,7 +53,7 @@ from lightning.pytorch.callbacks import Callback  # noqa: E402
 from safetensors.torch import load_file, save_model  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from benchmarks import sst2  # noqa: E402
+from benchmarks import side_by_side, sst2  # noqa: E402
 from lightning_compress import TokenPruning, apply_plan, logits_kl, make_plan, measure_latency  # noqa: E402
 from lightning_compress.token_policies import KeepAll, Thresholds  # noqa: E402
 from lightning_compress.token_scores import linear_ramp  # noqa: E402
@@ -104,6 +102,10 @@ class Run:
     def dense_weights(self) -> Path:
         """Weights of the dense model of this seed: the start and the teacher of the others."""
         return RUNS / f"{Run(self.dataset, 'dense', self.seed).name}.safetensors"
+
+
+def dense_runs() -> list[Run]:
+    return [Run(dataset, "dense", seed) for dataset in DATASETS for seed in SEEDS]
 
 
 def all_runs() -> list[Run]:
@@ -311,40 +313,14 @@ def train(run: Run, folder: str) -> dict[str, Any]:
 
 
 def single(run: Run, folder: str) -> None:
-    if run.result.is_file():
-        print(f"{run.name}: result is there, nothing to do")
-        return
-    RESULTS.mkdir(parents=True, exist_ok=True)
     RUNS.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {
-        "dataset": run.dataset,
-        "method": run.method,
-        "macs": run.macs,
-        "seed": run.seed,
-        "command": " ".join(["python benchmarks/tokens.py", *run.arguments]),
-        "versions": {name: version(name) for name in ("torch", "lightning", "transformers")},
-        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} thread",
-        "precision": "float32",
-    }
-    record |= train(run, folder)
-    run.result.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"{run.name}: {record['macs_kept']:.3f} of the MACs, {record['accuracy']}", flush=True)
+    settings = {"dataset": run.dataset, "method": run.method, "macs": run.macs, "seed": run.seed}
+    side_by_side.finish("tokens.py", run, {**settings, "precision": "float32"}, lambda: train(run, folder))
 
 
 def queue(jobs: int, folder: str) -> None:
-    """Every run without a result, each in a process of its own with one thread; the dense ones first."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    RUNS.mkdir(parents=True, exist_ok=True)
-
-    def start(run: Run) -> None:
-        command = [sys.executable, __file__, *run.arguments, "--data", folder]
-        with open(RUNS / f"{run.name}.log", "a") as log:
-            code = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
-        print(f"{run.name}: {'done' if code == 0 else f'failed, see {log.name}'}", flush=True)
-
-    for runs in ([Run(dataset, "dense", seed) for dataset in DATASETS for seed in SEEDS], all_runs()):
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(start, (run for run in runs if not run.result.is_file())))
+    """Every run without a result, the dense ones first."""
+    side_by_side.run_all(__file__, (dense_runs(), all_runs()), jobs, folder, RUNS)
 
 
 # Numbers
@@ -352,7 +328,7 @@ def queue(jobs: int, folder: str) -> None:
 
 def records() -> dict[Run, dict[str, Any]]:
     """The results that are there."""
-    runs = [Run(dataset, "dense", seed) for dataset in DATASETS for seed in SEEDS] + all_runs()
+    runs = dense_runs() + all_runs()
     return {run: json.loads(run.result.read_text()) for run in runs if run.result.is_file()}
 
 

@@ -186,7 +186,13 @@ class Deep(nn.Module):
         return self.head(self.layer(x).mean(1))
 
 
-WEIGHTS = ("layer.self_attn.out_proj.weight", "layer.linear1.weight", "layer.linear2.weight", "head.weight")
+WEIGHTS = (
+    "layer.self_attn.in_proj_weight",
+    "layer.self_attn.out_proj.weight",
+    "layer.linear1.weight",
+    "layer.linear2.weight",
+    "head.weight",
+)
 
 
 @pytest.mark.parametrize("scope", ["row", "tensor", "group:2"])
@@ -225,7 +231,7 @@ def test_a_quantized_model_is_discovered_and_cut_as_the_plain_one(scope: str) ->
         assert torch.equal(step, steps["layer.linear1.weight"])
     assert torch.isfinite(model(x)).all()
     for name, quantizing in after.items():
-        weight = model.get_submodule(name.rpartition(".")[0])._parameters["weight"].detach()
+        weight = dict(model.named_parameters())[name].detach()
         stored = quantizing.quantize(weight)
         assert torch.equal(stored.dequantized(), quantizing.quantizer(weight, step=quantizing.step))
 

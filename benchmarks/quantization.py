@@ -1,0 +1,252 @@
+"""Quantization on SST-2 and MRPC with a pretrained MiniLM-L6: accuracy, bytes on disk, and latency of every backend.
+
+    python benchmarks/quantization.py --variant int8 --dataset sst2 --seed 0   # one run; skipped if its result is there
+    python benchmarks/quantization.py --all --jobs 2                           # everything that is missing
+    python benchmarks/quantization.py --latency                                # all backends; wants an idle machine
+    python benchmarks/quantization.py --table                                  # results/quantization/table.md
+
+The dense models are those of `python benchmarks/tokens.py --method dense`, and so are data, steps, learning rate, order
+of batches and the distillation from the dense model. `int8-after` is not trained. Accuracy is that of the model after
+it was saved with its integers and loaded again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import lightning as L  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from benchmarks import side_by_side, sst2, tokens  # noqa: E402
+from lightning_compress import (  # noqa: E402
+    QuantizationAwareTraining,
+    Stochastic,
+    attach_input_quantizers,
+    attach_quantizers,
+    convert,
+    load_compressed,
+    measure_latency,
+    save_compressed,
+    select_weights,
+    weight_kinds,
+)
+from lightning_compress.quantization import activation_named, select_inputs  # noqa: E402
+from lightning_compress.quantization.selection import PRODUCTS  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "quantization"
+RUNS = ROOT / "benchmarks" / "runs" / "quantization"
+WITH_TABLES = (*(kind for kind in PRODUCTS if kind not in ("channel", "other")), "embedding")
+SHAPES = ((1, 32), (1, 128), (32, 32), (32, 128))  # batch and tokens at which latency is measured
+
+EASY: dict[str, Any] = {}  # the settings of the callback for eight bits, and for fewer
+HARD: dict[str, Any] = {"start": 0.05, "full_at": 0.4}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "int8-after": {"weights": "int8", "activations": "int8"},
+    "int8": {"weights": "int8", "activations": "int8", **EASY},
+    **{
+        f"stochastic{bits}-{where}": {"weights": Stochastic(bits, norm="mse"), "modules": modules, **HARD}
+        for bits in (4, 2, 1)
+        for where, modules in (("attention", "attention"), ("products", None), ("tables", WITH_TABLES))
+    },
+    "binary": {"weights": "binary", **HARD},
+    "lsq4": {"weights": "lsq4", **HARD},
+    "lsq2": {"weights": "lsq2", **HARD},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    dataset: str
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}-{self.variant}-seed{self.seed}"
+
+    @property
+    def arguments(self) -> list[str]:
+        return ["--dataset", self.dataset, "--variant", self.variant, "--seed", str(self.seed)]
+
+    @property
+    def result(self) -> Path:
+        return RESULTS / f"{self.name}.json"
+
+    @property
+    def dense(self) -> tokens.Run:
+        return tokens.Run(self.dataset, "dense", self.seed)
+
+
+def all_runs() -> list[Run]:
+    return [Run(d, variant, seed) for variant in VARIANTS for d in tokens.DATASETS for seed in tokens.SEEDS]
+
+
+def prepare(model: nn.Module, weights: Any, activations: str | None = None, modules: Any = None) -> None:
+    """Quantizers on a model, without training."""
+    kinds = weight_kinds(model, sst2.example())
+    chosen = select_weights(kinds, weights, modules)
+    attach_quantizers(model, chosen)
+    if activations is not None:
+        attach_input_quantizers(model, select_inputs(model, kinds, chosen, activation_named(activations)))
+
+
+def stored(model: nn.Module, backend: str) -> tuple[nn.Module, int]:
+    """The model after it was converted, saved and loaded again, and the bytes of its file."""
+    convert(model.eval(), backend)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "model"
+        save_compressed(model, place, factory=lambda: sst2.new_module().model)
+        size = (place / "model.safetensors").stat().st_size
+        return load_compressed(place, factory=lambda: sst2.new_module().model), size
+
+
+def train(run: Run, folder: str) -> dict[str, Any]:
+    L.seed_everything(run.seed, verbose=False)
+    if not run.dense.dense_weights.is_file():
+        raise SystemExit(f"{run.name} needs dense weights: python benchmarks/tokens.py --method dense first.")
+    settings = VARIANTS[run.variant]
+    data = tokens.text_data(run.dataset, folder, run.seed)
+    seconds = 0.0
+    if run.variant.endswith("after"):
+        module = sst2.new_module(weights=run.dense.dense_weights)
+        prepare(module.model, **settings)
+    else:
+        module = sst2.new_module(tokens.Taught, lr=tokens.RATE, weights=run.dense.dense_weights)
+        module.teacher = [tokens.Teacher(run.dense, data)]
+        module.model.encoder.embeddings.requires_grad_("embedding" in (settings.get("modules") or ()))
+        callback = QuantizationAwareTraining(module="model", **settings)
+        steps = {"max_epochs": -1, "max_steps": tokens.STEPS[run.dataset]}
+        seconds = tokens.fit(module, data, [callback], **steps)
+    dense = sum(p.numel() * p.element_size() for p in module.model.parameters())
+    small, size = stored(module.model, "native" if settings.get("activations") else "unpacked")
+    return {**tokens.evaluate(small, data), "bytes": size, "bytes_of_dense_parameters": dense, "seconds": seconds}
+
+
+# Latency, which does not depend on what was learned
+
+
+def ways() -> Iterator[tuple[str, nn.Module]]:
+    """Models by "bits, backend": what each variant's weights can become."""
+    yield "fp32", sst2.new_module().model.eval()
+    for bits in ("int8", "int4", "int2", "binary"):
+        for backend in ("native", "packed", "unpacked"):
+            if bits != "binary" or backend != "native":
+                model = sst2.new_module().model.eval()
+                prepare(model, bits, "int8" if backend == "native" else None)
+                convert(model, backend)
+                yield f"{bits}, {backend}", model
+
+
+def latency(threads: int, repeats: int = 31, seconds: float = 40.0) -> None:
+    torch.set_num_threads(threads)
+    models = dict(ways())
+    cells: dict[str, Any] = {}
+    for batch, length in SHAPES:
+        ids = torch.randint(1000, 20000, (batch, length), generator=torch.Generator().manual_seed(0))
+        call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        times = measure_latency(models, (), call, repeats=repeats, max_seconds=seconds)
+        cells[f"{batch} x {length}"] = {
+            name: {
+                "ms": 1e3 * t.seconds,
+                "speedup": times["fp32"].seconds / t.seconds,
+                "spread": t.spread,
+                "runs": t.runs,
+            }
+            for name, t in times.items()
+        }
+        print(f"{batch} x {length}", json.dumps(cells[f"{batch} x {length}"]), flush=True)
+    record = {
+        "command": f"python benchmarks/quantization.py --latency --threads {threads}",
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "cells": cells,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "latency.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+# Numbers
+
+
+def table() -> None:
+    """A row for each variant, seeds side by side, and the latencies; what was not run is left out."""
+    dense = tokens.records()
+    lines: list[str] = []
+    for dataset, title in tokens.DATASETS.items():
+        lines += [
+            f"## {title}\n",
+            "| variant | dev + test, per seed | mean | to dense | megabytes | times less |",
+            "|---|---|---|---|---|---|",
+        ]
+        for variant in VARIANTS:
+            runs = [run for seed in tokens.SEEDS if (run := Run(dataset, variant, seed)).result.is_file()]
+            if not runs:
+                continue
+            found = [json.loads(run.result.read_text()) for run in runs]
+            values = tokens.percents(found, "pooled")
+            loss = mean(values) - mean(tokens.percents([dense[run.dense] for run in runs], "pooled"))
+            size = mean(record["bytes"] for record in found)
+            less = found[0]["bytes_of_dense_parameters"] / size
+            seeds = " / ".join(f"{value:.2f}" for value in values)
+            lines.append(f"| {variant} | {seeds} | {mean(values):.2f} | {loss:+.2f} | {size / 1e6:.1f} | {less:.2f} |")
+        lines.append("")
+    path = RESULTS / "latency.json"
+    if path.is_file():
+        cells = json.loads(path.read_text())["cells"]
+        lines += ["## Latency\n", f"| weights, backend | {' | '.join(cells)} |", f"|---|{'---|' * len(cells)}"]
+        for name in next(iter(cells.values())):
+            texts = ("{ms:.1f} ms, {speedup:.2f}x".format(**cell[name]) for cell in cells.values())
+            lines.append(f"| {name} | {' | '.join(texts)} |")
+        lines.append("")
+    text = "\n".join(lines)
+    (RESULTS / "table.md").write_text(f"`python benchmarks/quantization.py --table`\n\n{text}")
+    print(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--variant", choices=tuple(VARIANTS), help="one run")
+    what.add_argument("--all", action="store_true", help="every run that has no result")
+    what.add_argument("--latency", action="store_true", help="measure latency")
+    what.add_argument("--table", action="store_true", help="write and print the table")
+    parser.add_argument("--dataset", choices=tuple(tokens.DATASETS), default="sst2")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    parser.add_argument("--threads", type=int, default=2, help="of --latency")
+    parser.add_argument(
+        "--data", default=os.environ.get("LIGHTNING_COMPRESS_DATA", str(ROOT.parent / "shared" / "data"))
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.all:
+        side_by_side.run_all(__file__, (all_runs(),), arguments.jobs, arguments.data, RUNS)
+    elif arguments.latency:
+        latency(arguments.threads)
+    elif arguments.table:
+        table()
+    else:
+        run = Run(arguments.dataset, arguments.variant, arguments.seed)
+        settings = {"dataset": run.dataset, "variant": run.variant, "seed": run.seed, "precision": "float32"}
+        RUNS.mkdir(parents=True, exist_ok=True)
+        side_by_side.finish("quantization.py", run, settings, lambda: train(run, arguments.data))
+
+
+if __name__ == "__main__":
+    main()

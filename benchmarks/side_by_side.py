@@ -1,0 +1,70 @@
+"""Runs of a benchmark, side by side in processes of their own, and what is written down of each."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Run(Protocol):
+    """One run: a name, the arguments with which the script makes it, and the file of its result."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def arguments(self) -> Sequence[str]: ...
+
+    @property
+    def result(self) -> Path: ...
+
+
+def run_all(script: str, stages: Iterable[Iterable[Run]], jobs: int, data: str, logs: Path) -> None:
+    """Every run without a result, each in a process with one thread; a stage begins when the one before has ended."""
+    # threads that wait busily for their turn would take the cores of the other runs
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    logs.mkdir(parents=True, exist_ok=True)
+
+    def start(run: Run) -> None:
+        command = [sys.executable, script, *run.arguments, "--data", data]
+        with open(logs / f"{run.name}.log", "a") as log:
+            code = subprocess.run(command, env=environment, stdout=log, stderr=log).returncode
+        print(f"{run.name}: {'done' if code == 0 else f'failed, see {log.name}'}", flush=True)
+
+    for runs in stages:
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(start, [run for run in runs if not run.result.is_file()]))
+
+
+def finish(script: str, run: Run, settings: dict[str, Any], train: Callable[[], dict[str, Any]]) -> None:
+    """Make a run and write its result, unless that is there.
+
+    Args:
+        script: file name of the benchmark.
+        run: the run.
+        settings: what is to be written down of it besides command, versions and machine.
+        train: makes it, and returns what came out.
+    """
+    import torch
+
+    if run.result.is_file():
+        print(f"{run.name}: result is there, nothing to do")
+        return
+    run.result.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        **settings,
+        "command": " ".join([f"python benchmarks/{script}", *run.arguments]),
+        "versions": {name: version(name) for name in ("torch", "lightning", "transformers")},
+        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} thread",
+    }
+    record |= train()
+    run.result.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"{run.name}: {record['accuracy']}", flush=True)
