@@ -22,7 +22,7 @@ from lightning_compress.callbacks.plain_copy import is_sharded
 from lightning_compress.callbacks.session import CompressionSession, is_redirected_step, traced_module
 from lightning_compress.callbacks.training_step import with_loss, wrap_training_step
 from lightning_compress.distillation_losses import logits_kl, output_mse
-from lightning_compress.quantization import detach_quantizers
+from lightning_compress.quantization import detach_input_quantizers, detach_quantizers
 from lightning_compress.tokens.install import remove_tokens, token_runtime
 
 
@@ -342,6 +342,7 @@ def _copied(module: nn.Module) -> nn.Module:
         vars(teacher).pop(name, None)
     remove_tokens(teacher)  # the teacher sees all tokens
     detach_quantizers(teacher)
+    detach_input_quantizers(teacher)
     for parameter in teacher.parameters():
         parameter.grad = None
     return teacher.requires_grad_(False).eval()

@@ -225,18 +225,21 @@ def test_with_token_pruning_and_distillation() -> None:
     assert len(quantize.quantizers) == 18
 
 
-def test_distillation_begins_with_the_weights_as_they_were() -> None:
+@pytest.mark.parametrize("sparsify", [False, True], ids=["copied before", "copied after"])
+def test_the_teacher_computes_with_weights_as_they_are(sparsify: bool) -> None:
     module, seen = transformer(), []
     teach = Distillation(alpha=0.5)
+    own = [StructuredSparsity(start=0.6), FinalizeCompression(macs=0.7, at=0.8, report=False)] if sparsify else []
 
     class Look(pl.Callback):
         def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
             if teach.teacher is not None:
-                seen.append(len(weight_quantizers(teach.teacher)))
+                seen.append((len(weight_quantizers(teach.teacher)), len(input_quantizers(teach.teacher))))
 
-    fit(module, QuantizationAwareTraining("int2", start=0.4), teach, Look(), max_epochs=5)
-    assert len(seen) >= 3 * BATCHES
-    assert not any(seen)
+    quantize = QuantizationAwareTraining("int2", activations="int8", start=0.4)
+    fit(module, quantize, teach, *own, Look(), max_epochs=5)
+    assert len(seen) >= (2 if sparsify else 3) * BATCHES
+    assert set(seen) == {(0, 0)}
 
 
 # Checkpoints
