@@ -3,6 +3,7 @@
     python benchmarks/tokens.py --method dense --dataset mrpc --seed 0     # one run; skipped when its result is there
     python benchmarks/tokens.py --method recommended --dataset sst2 --macs 0.5 --seed 1     # needs the dense weights
     python benchmarks/tokens.py --all --jobs 2                             # everything that is missing
+    python benchmarks/tokens.py --long --jobs 2                            # some runs of three epochs
     python benchmarks/tokens.py --latency                                  # throughput; wants an idle machine
     python benchmarks/tokens.py --table                                    # benchmarks/results/tokens/table.md
     python benchmarks/tokens.py --picture                                  # docs/pictures/token_pruning.png
@@ -33,7 +34,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
@@ -73,6 +74,7 @@ SEEDS = (0, 1)
 DENSE = {"mrpc": (5, 1e-4), "sst2": (3, 5e-5)}  # epochs and learning rate of the dense models
 DENSE_BATCH = 32
 STEPS = {"mrpc": 230, "sst2": 432}  # one epoch: optimizer steps of everything but the dense models
+LONG = 3  # epochs of `--long`
 RATE, BATCH = 1e-4, 16  # their learning rate and batch
 ALPHA, TEMPERATURE, POOLED = 0.9, 2.0, 10.0  # weights of the distillation, see `Taught`
 
@@ -83,16 +85,19 @@ class Run:
     method: str
     seed: int
     macs: float = 1.0
+    epochs: int = 1  # of everything but the dense models
 
     @property
     def name(self) -> str:
         size = "" if self.method == "dense" else f"-{self.macs:g}"
-        return f"{self.dataset}-{self.method}{size}-seed{self.seed}"
+        length = "" if self.epochs == 1 else f"-{self.epochs}epochs"
+        return f"{self.dataset}-{self.method}{size}{length}-seed{self.seed}"
 
     @property
     def arguments(self) -> list[str]:
         size = [] if self.method == "dense" else ["--macs", f"{self.macs:g}"]
-        return ["--dataset", self.dataset, "--method", self.method, *size, "--seed", str(self.seed)]
+        length = [] if self.epochs == 1 else ["--epochs", str(self.epochs)]
+        return ["--dataset", self.dataset, "--method", self.method, *size, *length, "--seed", str(self.seed)]
 
     @property
     def result(self) -> Path:
@@ -111,6 +116,13 @@ def dense_runs() -> list[Run]:
 def all_runs() -> list[Run]:
     """The compressed runs; whoever breaks off half-way has both seeds of one target."""
     return [Run(d, method, seed, macs) for macs in MACS for seed in SEEDS for d in DATASETS for method in METHODS]
+
+
+def long_runs() -> list[Run]:
+    """What more training is worth, at one target."""
+    return [
+        Run(d, m, seed, MACS[0], LONG) for d in ("sst2", "mrpc") for seed in SEEDS for m in ("recommended", "top_k")
+    ]
 
 
 # Data, model, teacher
@@ -307,20 +319,20 @@ def train(run: Run, folder: str) -> dict[str, Any]:
     module.model.encoder.embeddings.requires_grad_(False)
     module.model.encoder.encoder.layer[0].requires_grad_(False)
     callback = TokenPruning(macs=run.macs, module="model", **SETTINGS[run.method])
-    seconds = fit(module, data, [callback], max_epochs=-1, max_steps=STEPS[run.dataset])
+    seconds = fit(module, data, [callback], max_epochs=-1, max_steps=run.epochs * STEPS[run.dataset])
     assert callback.policy is not None
     return evaluate(module.model, data) | {"policy": callback.policy.state(), "seconds": seconds}
 
 
 def single(run: Run, folder: str) -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
-    settings = {"dataset": run.dataset, "method": run.method, "macs": run.macs, "seed": run.seed}
+    settings = {"dataset": run.dataset, "method": run.method, "macs": run.macs, "seed": run.seed, "epochs": run.epochs}
     side_by_side.finish("tokens.py", run, {**settings, "precision": "float32"}, lambda: train(run, folder))
 
 
-def queue(jobs: int, folder: str) -> None:
+def queue(jobs: int, folder: str, long: bool = False) -> None:
     """Every run without a result, the dense ones first."""
-    side_by_side.run_all(__file__, (dense_runs(), all_runs()), jobs, folder, RUNS)
+    side_by_side.run_all(__file__, (dense_runs(), long_runs() if long else all_runs()), jobs, folder, RUNS)
 
 
 # Numbers
@@ -328,20 +340,16 @@ def queue(jobs: int, folder: str) -> None:
 
 def records() -> dict[Run, dict[str, Any]]:
     """The results that are there."""
-    runs = dense_runs() + all_runs()
+    runs = dense_runs() + all_runs() + long_runs()
     return {run: json.loads(run.result.read_text()) for run in runs if run.result.is_file()}
 
 
-def rows() -> Iterator[tuple[str, str, float, list[dict[str, Any]], list[dict[str, Any]]]]:
-    """Dataset, method, target, the results of its seeds, and those of the dense models of these seeds."""
+def rows() -> Iterator[tuple[Run, list[dict[str, Any]], list[dict[str, Any]]]]:
+    """Runs of the first seed, the results of all seeds, and those of the dense models of these seeds."""
     found = records()
-    for dataset in DATASETS:
-        for macs in (1.0, *sorted(MACS, reverse=True)):
-            for method in METHODS if macs < 1 else ("dense",):
-                runs = [run for seed in SEEDS if (run := Run(dataset, method, seed, macs)) in found]
-                if runs:
-                    dense = [found[Run(dataset, "dense", run.seed)] for run in runs]
-                    yield dataset, method, macs, [found[run] for run in runs], dense
+    for first in dict.fromkeys(replace(run, seed=SEEDS[0]) for run in found):
+        runs = [run for seed in SEEDS if (run := replace(first, seed=seed)) in found]
+        yield first, [found[run] for run in runs], [found[Run(first.dataset, "dense", run.seed)] for run in runs]
 
 
 def percents(found: list[dict[str, Any]], split: str, measure: str = "accuracy") -> list[float]:
@@ -359,12 +367,14 @@ def table() -> None:
             f"| to dense |{' F1, dev + test | to dense |' if pairs else ''} tokens entering each layer |",
             f"|---|---|---|---|---|---|---|---|{'---|---|' if pairs else ''}---|",
         ]
-        for name, method, macs, found, dense in rows():
-            if name != dataset:
+        order = {method: number for number, method in enumerate(("dense", *METHODS))}
+        for run, found, dense in sorted(rows(), key=lambda row: (row[0].epochs, -row[0].macs, order[row[0].method])):
+            if run.dataset != dataset:
                 continue
+            method = run.method
             cells = [
-                method,
-                "" if method == "dense" else f"{macs:g}",
+                method if run.epochs == 1 else f"{method}, {run.epochs} epochs",
+                "" if method == "dense" else f"{run.macs:g}",
                 " / ".join(f"{record['macs_kept']:.3f}" for record in found),
                 *(" / ".join(f"{p:.2f}" for p in percents(found, split)) for split in ("dev", "test", "pooled")),
             ]
@@ -392,8 +402,9 @@ def picture() -> None:
     colours = dict(zip(METHODS, ("#ff7f0e", "#1f77b4", "#2ca02c", "#9467bd"), strict=True))
     for axis, (dataset, title) in zip(axes, DATASETS.items(), strict=True):
         lines: dict[str, list[tuple[float, float]]] = {}
-        for name, method, _, found, _ in rows():
-            if name != dataset:
+        for run, found, _ in sorted(rows(), key=lambda row: -row[0].macs):
+            method = run.method
+            if run.dataset != dataset or run.epochs > 1:
                 continue
             accuracy, macs = percents(found, "pooled"), [record["macs_kept"] for record in found]
             if method == "dense":
@@ -668,12 +679,14 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--method", choices=("dense", *METHODS), help="one run")
     what.add_argument("--all", action="store_true", help="every run that has no result")
+    what.add_argument("--long", action="store_true", help=f"the same for some runs of {LONG} epochs")
     what.add_argument("--latency", action="store_true", help="measure throughput")
     what.add_argument("--table", action="store_true", help="write and print the table")
     what.add_argument("--picture", action="store_true", help="draw accuracy over MACs; needs matplotlib")
     parser.add_argument("--dataset", choices=tuple(DATASETS), default="sst2")
     parser.add_argument("--macs", type=float, choices=MACS, help="target: kept fraction of the MACs of the layers")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=1, help="of the compressed run")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     parser.add_argument("--threads", type=int, default=2, help="of --latency")
     parser.add_argument("--cpu-time", action="store_true", help="--latency counts what the process takes itself")
@@ -682,8 +695,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.all:
-        queue(arguments.jobs, arguments.data)
+    if arguments.all or arguments.long:
+        queue(arguments.jobs, arguments.data, arguments.long)
     elif arguments.latency:
         latency(arguments.data, arguments.threads, arguments.cpu_time)
     elif arguments.table:
@@ -693,7 +706,8 @@ def main() -> None:
     elif arguments.method != "dense" and arguments.macs is None:
         parser.error(f"--method {arguments.method} needs --macs")
     else:
-        single(Run(arguments.dataset, arguments.method, arguments.seed, arguments.macs or 1.0), arguments.data)
+        run = Run(arguments.dataset, arguments.method, arguments.seed, arguments.macs or 1.0, arguments.epochs)
+        single(run, arguments.data)
 
 
 if __name__ == "__main__":

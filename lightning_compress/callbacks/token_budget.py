@@ -21,7 +21,7 @@ from lightning_compress.tokens.observation import ScoreObserver, ScoreSpread
 from lightning_compress.tokens.runtime import TokenRuntime
 
 Method = Literal["learned", "top_k", "linear"]
-WHOLE_PART = 0.7  # of the budget: what the other layers must be able to come down to
+WHOLE_PART = 0.6  # of the budget: what is left by the other layers at the least must not be more, or they get too steep
 
 
 @dataclass(frozen=True)
