@@ -176,8 +176,10 @@ class TokenRuntime:
 
     def _wants_scores(self, state: Forward, number: int) -> bool:
         """Whether it depends on scores which tokens go on after a layer."""
-        decided_by_others = state.mode == "soft" or self.decide is not None or self.inspect
-        return decided_by_others or self.policy.accumulated or not self.policy.keeps_all(number)
+        if state.mode == "soft" or self.decide is not None or self.inspect or self.policy.accumulated:
+            return True
+        keeps_all = getattr(self.policy, "keeps_all", None)  # policies from elsewhere may not say it
+        return keeps_all is None or not keeps_all(number)
 
     # A layer
 
