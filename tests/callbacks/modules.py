@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -111,3 +112,18 @@ def fit(
     t = trainer(*callbacks, **options)
     t.fit(module, loader() if data is None else data)
     return t
+
+
+class Save(pl.Callback):
+    """Saves a checkpoint at the end of an epoch, and falls over in the next."""
+
+    def __init__(self, path: Path, epoch: int) -> None:
+        self.path, self.epoch = path, epoch
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch == self.epoch and batch_idx == 2:
+            raise RuntimeError("crash")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == self.epoch - 1:
+            trainer.save_checkpoint(self.path)

@@ -29,7 +29,7 @@ from lightning_compress import (
     weight_quantizers,
 )
 from lightning_compress.quantization import packed_weights
-from tests.callbacks.modules import MLP, Classifier, Transformer, loader, trainer
+from tests.callbacks.modules import MLP, Classifier, Save, Transformer, loader, trainer
 from tests.callbacks.processes import in_processes, parallel
 from tests.callbacks.token_modules import Reader, sentences
 
@@ -243,21 +243,6 @@ def test_the_teacher_computes_with_weights_as_they_are(sparsify: bool) -> None:
 
 
 # Checkpoints
-
-
-class Save(pl.Callback):
-    """Saves a checkpoint at the end of an epoch, and falls over in the next."""
-
-    def __init__(self, path: Path, epoch: int) -> None:
-        self.path, self.epoch = path, epoch
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.current_epoch == self.epoch and batch_idx == 2:
-            raise RuntimeError("crash")
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.current_epoch == self.epoch - 1:
-            trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from lightning_compress.callbacks.token_calls import KEPT
 from lightning_compress.token_policies import Thresholds, TopK
 from lightning_compress.tokens.install import token_runtime
 from lightning_compress.tokens.runtime import TokenRuntime
-from tests.callbacks.modules import MLP, Classifier, trainer
+from tests.callbacks.modules import MLP, Classifier, Save, trainer
 from tests.callbacks.processes import in_processes, parallel
 from tests.callbacks.token_modules import Encoder, Reader, sentences
 
@@ -287,21 +287,6 @@ def test_a_fit_that_breaks_off_in_the_soft_stage_leaves_the_module_as_it_was() -
         fit(module, TokenPruning(macs=0.6), Crash())
     assert token_runtime(module.model) is None
     assert "training_step" not in vars(module)
-
-
-class Save(pl.Callback):
-    """Saves a checkpoint at the end of an epoch, and falls over in the next."""
-
-    def __init__(self, path: Path, epoch: int) -> None:
-        self.path, self.epoch = path, epoch
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.current_epoch == self.epoch and batch_idx == 2:
-            raise RuntimeError("crash")
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.current_epoch == self.epoch - 1:
-            trainer.save_checkpoint(self.path)
 
 
 # from half on, and with a removal there, the checkpoint lies between the moment and the first step with pruned tokens
