@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_compress.export.call import tensors_of
 from lightning_compress.export.program import Options, Traced
+from lightning_compress.export.quantized import Form, translations
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 LARGEST = 2**31 - 2**20  # bytes of weights that one ONNX file, which is limited to 2 GiB, surely holds
@@ -32,6 +33,7 @@ class Format:
         packages: the modules that come with them.
         write: writes a file, and perhaps others beside it.
         read: opens the file, given the names of its inputs, and returns what runs it.
+        integers: whether quantized weights are written as integers, by operators that are translated.
     """
 
     suffix: str
@@ -39,6 +41,7 @@ class Format:
     packages: tuple[str, ...]
     write: Callable[[Traced, Path, Options], None]
     read: Callable[[Path, Sequence[str]], Run]
+    integers: bool = False
 
 
 def check_installed(name: str) -> None:
@@ -70,7 +73,7 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def write_onnx(traced: Traced, path: Path, options: Options) -> None:
+def write_onnx(traced: Traced, path: Path, options: Options, form: Form = "integer") -> None:
     """An ONNX file; weights of more than 2 GiB lie beside it, in a file with ``.data`` appended to its name."""
     program = torch.onnx.export(
         traced.program,
@@ -79,6 +82,7 @@ def write_onnx(traced: Traced, path: Path, options: Options) -> None:
         opset_version=options.opset,
         dynamo=True,
         verbose=False,
+        custom_translation_table=dict(translations(form)),
     )
     assert program is not None
     _name_sizes(program.model, traced.symbols)
@@ -139,7 +143,7 @@ def write_openvino(traced: Traced, path: Path, options: Options) -> None:
     import openvino
 
     between = path.with_suffix(".onnx")
-    write_onnx(traced, between, options)
+    write_onnx(traced, between, options, "fake")
     openvino.save_model(openvino.Core().read_model(str(between)), str(path), compress_to_fp16=options.half)
     for file in (between, Path(f"{between}.data")):
         file.unlink(missing_ok=True)
@@ -161,7 +165,7 @@ def read_openvino(path: Path, names: Sequence[str]) -> Run:
 
 _ONNX = ("onnx", "onnxscript")
 FORMATS: dict[str, Format] = {
-    "onnx": Format(".onnx", "onnx", (*_ONNX, "onnxruntime"), write_onnx, read_onnx),
+    "onnx": Format(".onnx", "onnx", (*_ONNX, "onnxruntime"), write_onnx, read_onnx, True),
     "torch_export": Format(".pt2", None, (), write_torch, read_torch),
-    "openvino": Format(".xml", "openvino", (*_ONNX, "openvino"), write_openvino, read_openvino),
+    "openvino": Format(".xml", "openvino", (*_ONNX, "openvino"), write_openvino, read_openvino, True),
 }

@@ -25,6 +25,8 @@ from lightning_compress.export.comparison import calls_to_try, compare
 from lightning_compress.export.dynamic import chosen, derive
 from lightning_compress.export.formats import FORMATS, check_installed, quiet
 from lightning_compress.export.program import Options, trace, write
+from lightning_compress.export.quantized import TOLERANCE, check_quantized
+from lightning_compress.quantization.graph import as_graph
 from lightning_compress.surgery.guards import check_plain
 
 Precision = Literal["float32", "float16", "bfloat16"]
@@ -123,7 +125,8 @@ def export_model(
     if lacking := lacking_values(model):
         raise ValueError(f"Expected weights with values, but {lacking[0]!r} has none. Load the weights first.")
     check_installed(format)
-    tolerance = TOLERANCES[precision] if tolerance is None else tolerance
+    rounded = check_quantized(model, precision)
+    tolerance = (TOLERANCE if rounded else TOLERANCES[precision]) if tolerance is None else tolerance
     model, example, check = _on_cpu(model, example, check)
     call = flatten_call(model, *example)
     groups = derive(call) if dynamic is None else chosen(call, dynamic)
@@ -132,14 +135,15 @@ def export_model(
     work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
     try:
         with _as_exported(model):
-            traced = write(
-                FORMATS[format],
-                work / target.name,
-                lambda free: trace(model, call, free, dynamic is not None, dtype_of(format, precision), seed),
-                groups,
-                retry=dynamic is None,
-                options=Options(opset, half=precision == "float16"),
-            )
+            with as_graph(model) if FORMATS[format].integers else contextlib.nullcontext():
+                traced = write(
+                    FORMATS[format],
+                    work / target.name,
+                    lambda free: trace(model, call, free, dynamic is not None, dtype_of(format, precision), seed),
+                    groups,
+                    retry=dynamic is None,
+                    options=Options(opset, half=precision == "float16"),
+                )
             calls = calls_to_try(model, call, traced, [flatten_call(model, *c) for c in check], seed)
             error, tried = compare(
                 calls, FORMATS[format].read(work / target.name, call.names), traced.outputs, tolerance

@@ -60,6 +60,13 @@ class ActivationQuantizer(ABC):
         """Whether the state is enough to evaluate with it."""
         return True
 
+    def fixed_grid(self, state: InputState) -> tuple[Tensor, Tensor] | None:
+        """Of evaluation: what an integer is worth, float32 (), and the integer of the value 0, int8 or uint8 ().
+
+        None where the grid follows from every call.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class DynamicRange(ActivationQuantizer):
@@ -92,7 +99,8 @@ class DynamicRange(ActivationQuantizer):
         with torch.no_grad():
             wide, steps = _wide(inputs), self.steps(inputs.device)
             values = None
-            if self.bits == 8 and wide.device.type == "cpu" and wide.dtype == torch.float32:
+            eager = not torch.compiler.is_compiling()  # a graph cannot have tensors of quantized types
+            if self.bits == 8 and eager and wide.device.type == "cpu" and wide.dtype == torch.float32:
                 values = rounded_inputs(wide, steps == 127)  # the same, in a fraction of the time
             if values is None:
                 values = on_range(wide, steps, 2**self.bits - 1)
@@ -153,6 +161,13 @@ class ObservedRange(ActivationQuantizer):
         """Whether a training batch was seen."""
         return state.range is not None
 
+    def fixed_grid(self, state: InputState) -> tuple[Tensor, Tensor]:
+        """What an integer is worth, float32 (), and the integer of the value 0, uint8 ()."""
+        assert state.range is not None
+        least, most = state.range.float().unbind()
+        step, zero = _scale_and_zero(least.clamp(max=0), most.clamp(min=0), 2**self.bits - 1)
+        return step, zero.to(torch.uint8)
+
 
 @dataclass(frozen=True)
 class LearnedRange(ActivationQuantizer):
@@ -206,6 +221,12 @@ class LearnedRange(ActivationQuantizer):
         """Whether a batch was seen."""
         return state.signed is not None
 
+    def fixed_grid(self, state: InputState) -> tuple[Tensor, Tensor]:
+        """What an integer is worth, float32 (), and the integer of the value 0, (): int8 if signed, else uint8."""
+        assert state.step is not None
+        step = state.step.detach().float().reshape(()).clamp(min=LEAST)
+        return step, torch.tensor(0, dtype=torch.int8 if state.signed else torch.uint8)
+
     def _begin(self, inputs: Tensor, state: InputState) -> None:
         size = inputs.abs().mean()
         if not bool(size > 0):
@@ -218,7 +239,8 @@ class LearnedRange(ActivationQuantizer):
 
 def on_range(inputs: Tensor, steps: int, largest: int) -> Tensor:
     """Inputs on the grid of their range: so many steps, integers from 0 to ``largest``."""
-    return _on_grid(inputs, *inputs.aminmax(), steps, largest)[0]
+    least, most = inputs.reshape(-1).aminmax(dim=0)  # with a dim: ONNX has none for all
+    return _on_grid(inputs, least, most, steps, largest)[0]
 
 
 def _wide(inputs: Tensor) -> Tensor:

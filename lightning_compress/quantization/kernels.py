@@ -19,8 +19,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lightning_compress.quantization.activations import DynamicRange
 from lightning_compress.quantization.inputs import INPUT, InputQuantizer
 from lightning_compress.quantization.int8 import int8_kernel, int8_product, reduced_range
-from lightning_compress.quantization.packed import PackedForm, PackedWeight, buffer_name
+from lightning_compress.quantization.packed import GRAPH, PackedForm, PackedWeight, buffer_name
 from lightning_compress.quantization_switch import quantization_is_off
+
+# torch 2.6 does not tell export and compilation apart
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 PACKED = "_packed_weights"
 KERNEL = "_int8_kernel"
@@ -106,20 +109,23 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 def int8_obstacle(module: nn.Module, key: str, form: PackedForm) -> str | None:
     """Why a module cannot multiply int8; None if it can."""
     quantizing: InputQuantizer | None = vars(module).get(INPUT)
-    if key != "weight" or not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-        return f"{type(module).__name__} is no plain linear layer"
-    if "forward" in vars(module):
-        return "its forward has been replaced, as token pruning does where a tail begins"
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "attention reads it and does not call its layer"
+    if (obstacle := _kind_obstacle(module, key)) is not None:
+        return obstacle
     if quantizing is None or not isinstance(quantizing.quantizer, DynamicRange) or not quantizing.enabled:
         return "its inputs are not quantized by a DynamicRange"
     if quantizing.quantizer.bits != 8:
         return f"its inputs have {quantizing.quantizer.bits} bits, not 8"
     if quantizing.quantizer.reduced is False and reduced_range():
         return "its inputs have 255 steps, which this machine does not compute exactly"
+    return weight_obstacle(module, key, form)
+
+
+def weight_obstacle(module: nn.Module, key: str, form: PackedForm) -> str | None:
+    """Why the weight of a module with quantized inputs is none of a product of int8, wherever; None if it is."""
+    if (obstacle := _kind_obstacle(module, key)) is not None:
+        return obstacle
     hooks = list(module._forward_pre_hooks.values())
-    if not hooks or hooks[-1] is not quantizing:
+    if not hooks or hooks[-1] is not vars(module).get(INPUT):
         return "another hook changes its inputs after they are quantized"
     if form.offset or form.low < -128 or form.high > 127:
         return "its integers are no int8 around 0"
@@ -127,6 +133,17 @@ def int8_obstacle(module: nn.Module, key: str, form: PackedForm) -> str | None:
         return "rows have several scales"
     if form.dtype != torch.float32:
         return f"its type is {str(form.dtype).removeprefix('torch.')}, not float32"
+    return None
+
+
+def _kind_obstacle(module: nn.Module, key: str) -> str | None:
+    plain = type(module).forward in (nn.Linear.forward, _forward_int8)
+    if key != "weight" or not isinstance(module, nn.Linear) or not plain:
+        return f"{type(module).__name__} is no plain linear layer"
+    if "forward" in vars(module):
+        return "its forward has been replaced, as token pruning does where a tail begins"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "attention reads it and does not call its layer"
     return None
 
 
@@ -203,8 +220,8 @@ def _forward_int8(module: nn.Module, input: Tensor) -> Tensor:
     autocast = torch.is_autocast_enabled("cpu")
     fits = packed.device.type == input.device.type == "cpu" and packed.form.dtype == torch.float32
     fits = fits and (input.dtype == torch.float32 or (autocast and input.is_floating_point())) and input.numel() > 0
-    if not fits or not quantizing.enabled or quantization_is_off():
-        return _forward_plain(module, input)
+    if not fits or not quantizing.enabled or quantization_is_off() or is_exporting():
+        return _forward_plain(module, input)  # exported, too: a graph cannot have the kernel
     wide, kernel = input.float(), _kernel_of(module, packed)
     reduced = quantizer.steps(packed.device) == 127
     try:
@@ -272,6 +289,7 @@ class _Int8Product(torch.autograd.Function):
 
 
 __all__ = [
+    "GRAPH",
     "Holder",
     "Way",
     "choose_ways",
@@ -281,4 +299,5 @@ __all__ = [
     "packed_of",
     "packed_weights",
     "plain_class",
+    "weight_obstacle",
 ]

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.quantization.operators import dequantize
 from lightning_compress.quantizers import Grid, Quantized, Quantizer, Scope, pack, packed_bytes, unpack
 from lightning_compress.quantizers.quantized import slot_bits
 
+GRAPH = "graph_"  # in front of the name of a parameter: of the buffer with its integers, in a graph
 HALF = (torch.float16, torch.bfloat16)
 WORDS = {4: torch.int16, 2: torch.int32, 1: torch.int64}  # with a byte for every slot, by its bits
 
@@ -100,11 +102,13 @@ class PackedWeight:
         key: name of the parameter in it; buffers are called ``weight_packed``, ``weight_scale``, ``weight_offset``.
         kept: whether values are computed once and kept, or at every read.
         version: changes with the buffers.
+        in_graph: whether it is part of a graph for another runtime, and its integers are a buffer.
     """
 
     def __init__(self, name: str, form: PackedForm, owner: nn.Module, key: str, kept: bool) -> None:
         self.name, self.form, self.owner, self.key, self.kept = name, form, owner, key, kept
         self.version = 0
+        self.in_graph = False
         self._values: Tensor | None = None
 
     def buffer(self, suffix: str) -> Tensor:
@@ -128,6 +132,8 @@ class PackedWeight:
 
     def values(self) -> Tensor:
         """The weight."""
+        if self.in_graph:
+            return self._of_graph()
         if not self.kept:
             return self._dequantized()
         if self._values is None:
@@ -140,7 +146,9 @@ class PackedWeight:
         form, flat = self.form, ids.reshape(-1)
         rows, row = form.shape[0], form.elements // max(1, form.shape[0])
         width, packed = slot_bits(form.bits), self.buffer("packed")
-        if row * width % 8 == 0:
+        if self.in_graph:
+            integers = self._integers.index_select(0, flat).reshape(-1, row).to(form.scale_dtype)
+        elif row * width % 8 == 0:
             integers = self._numbers(packed.view(rows, -1).index_select(0, flat).reshape(-1)).view(-1, row)
         else:  # rows begin within a byte
             flat = torch.arange(rows, device=flat.device).index_select(0, flat)  # refuses what lies outside
@@ -180,6 +188,21 @@ class PackedWeight:
         offset = self.buffer("offset") if self.form.offset else None
         return Grid(self.form.low, self.form.high, self.buffer("scale"), offset)
 
+    @property
+    def _integers(self) -> Tensor:
+        integers = self.owner._buffers[GRAPH + self.key]
+        assert integers is not None
+        return integers
+
+    def _of_graph(self) -> Tensor:
+        integers, grid = self.form.scope.split(self._integers), self._grid()
+        if integers.dtype == torch.int8 and grid.scale.dtype == torch.float32:
+            values = dequantize(integers, grid.scale.reshape(-1))
+            values = values if grid.offset is None else values + grid.offset
+        else:
+            values = grid.values(integers)
+        return values.reshape(self.form.shape).to(self.form.dtype)
+
     def _dequantized(self) -> Tensor:
         integers = self._numbers(self.buffer("packed"))[: self.form.elements].view(self.form.shape)
         values = self._grid().values(self.form.scope.split(integers))
@@ -216,4 +239,4 @@ def buffer_name(key: str, suffix: str) -> str:
     return f"{key}_{suffix}"
 
 
-__all__ = ["PackedForm", "PackedWeight", "buffer_name", "packed_tensors"]
+__all__ = ["GRAPH", "PackedForm", "PackedWeight", "buffer_name", "packed_tensors"]
