@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,20 +25,24 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE" if "--latency" in sys.argv else "PASSIVE")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
+from safetensors.torch import save_model  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 from benchmarks import side_by_side, sst2, tokens  # noqa: E402
 from lightning_compress import (  # noqa: E402
+    ObservedRange,
     QuantizationAwareTraining,
     Stochastic,
     attach_input_quantizers,
     attach_quantizers,
     convert,
+    export_model,
     load_compressed,
     measure_latency,
     save_compressed,
@@ -53,19 +57,24 @@ RUNS = ROOT / "benchmarks" / "runs" / "quantization"
 WITH_TABLES = (*(kind for kind in PRODUCTS if kind not in ("channel", "other")), "embedding")
 SHAPES = ((1, 32), (1, 128), (32, 32), (32, 128))  # batch and tokens at which latency is measured
 
+PRECISION = "bfloat16 autocast in training, float32 and integers in evaluation"
 EASY: dict[str, Any] = {}  # the settings of the callback for eight bits, and for fewer
 HARD: dict[str, Any] = {"start": 0.05, "full_at": 0.4}
-VARIANTS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {  # in the order in which they are run
     "int8-after": {"weights": "int8", "activations": "int8"},
     "int8": {"weights": "int8", "activations": "int8", **EASY},
-    **{
-        f"stochastic{bits}-{where}": {"weights": Stochastic(bits, norm="mse"), "modules": modules, **HARD}
-        for bits in (4, 2, 1)
-        for where, modules in (("attention", "attention"), ("products", None), ("tables", WITH_TABLES))
-    },
-    "binary": {"weights": "binary", **HARD},
+    "stochastic4-products": {"weights": Stochastic(4, norm="mse"), **HARD},
+    "stochastic2-products": {"weights": Stochastic(2, norm="mse"), **HARD},
     "lsq4": {"weights": "lsq4", **HARD},
     "lsq2": {"weights": "lsq2", **HARD},
+    "binary": {"weights": "binary", **HARD},
+    "stochastic1-products": {"weights": Stochastic(1, norm="mse"), **HARD},
+    "int8-observed": {"weights": "int8", "activations": ObservedRange(), **EASY},
+    **{
+        f"stochastic{bits}-{where}": {"weights": Stochastic(bits, norm="mse"), "modules": modules, **HARD}
+        for where, modules in (("attention", "attention"), ("tables", WITH_TABLES))
+        for bits in (4, 2, 1)
+    },
 }
 
 
@@ -131,50 +140,108 @@ def train(run: Run, folder: str) -> dict[str, Any]:
         module.model.encoder.embeddings.requires_grad_("embedding" in (settings.get("modules") or ()))
         callback = QuantizationAwareTraining(module="model", **settings)
         steps = {"max_epochs": -1, "max_steps": tokens.STEPS[run.dataset]}
-        seconds = tokens.fit(module, data, [callback], **steps)
+        seconds = tokens.fit(module, data, [callback], "bf16-mixed", **steps)
     dense = sum(p.numel() * p.element_size() for p in module.model.parameters())
-    small, size = stored(module.model, "native" if settings.get("activations") else "unpacked")
+    small, size = stored(module.model, "native" if settings.get("activations") == "int8" else "unpacked")
     return {**tokens.evaluate(small, data), "bytes": size, "bytes_of_dense_parameters": dense, "seconds": seconds}
 
 
 # Latency, which does not depend on what was learned
 
 
-def ways() -> Iterator[tuple[str, nn.Module]]:
-    """Models by "bits, backend": what each variant's weights can become."""
-    yield "fp32", sst2.new_module().model.eval()
+class Session(nn.Module):
+    """A file in a runtime, which is called like the model."""
+
+    def __init__(self, path: Path, precision: str = "f32") -> None:
+        super().__init__()
+        threads = torch.get_num_threads()
+        self.run: Any
+        if path.suffix == ".onnx":
+            import onnxruntime
+
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.run = lambda arrays: session.run(None, arrays)
+        else:
+            import openvino
+
+            properties = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+            properties["INFERENCE_PRECISION_HINT"] = precision
+            request = openvino.Core().compile_model(str(path), "CPU", properties).create_infer_request()
+            self.run = lambda arrays: request.infer(arrays)
+
+    def forward(self, **call: Tensor) -> Any:
+        return self.run({name: tensor.numpy() for name, tensor in call.items()})
+
+
+def ways(folder: Path) -> Iterator[tuple[str, nn.Module, int]]:
+    """Models by "weights, backend", with the bytes of their files: what the weights of each variant can become.
+
+    Weights and ranges are those before training; time does not depend on them.
+    """
+
+    def made(weights: str | None, activations: Any, backend: str) -> nn.Module:
+        model = sst2.new_module().model.eval()
+        if weights is not None:
+            prepare(model, weights, activations)
+            if isinstance(activations, ObservedRange):
+                with torch.no_grad():
+                    model.train()(*sst2.example())
+            convert(model.eval(), backend)
+        return model
+
+    dense = made(None, None, "")
+    save_model(dense, str(folder / "dense.safetensors"))
+    yield "fp32, eager", dense, (folder / "dense.safetensors").stat().st_size
     for bits in ("int8", "int4", "int2", "binary"):
         for backend in ("native", "packed", "unpacked"):
             if bits != "binary" or backend != "native":
-                model = sst2.new_module().model.eval()
-                prepare(model, bits, "int8" if backend == "native" else None)
-                convert(model, backend)
-                yield f"{bits}, {backend}", model
+                yield f"{bits}, {backend}", *stored(made(bits, "int8" if backend == "native" else None, backend))
+    for weights, activations, words in (
+        (None, None, "fp32"),
+        ("int8", "int8", "int8, ranges of the call"),
+        ("int8", ObservedRange(), "int8, observed ranges"),
+    ):
+        model = made(weights, activations, "unpacked")
+        for runtime, suffix, precisions in (("onnx", ".onnx", ("f32",)), ("openvino", ".xml", ("f32", "bf16"))):
+            path = folder / f"{words}{suffix}"
+            size = export_model(model, path, runtime, (sst2.example(), {}), tolerance=math.inf).bytes  # type: ignore[arg-type]
+            for precision in precisions:
+                title = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}[runtime]
+                rest = ", rest bfloat16" if precision == "bf16" else ""
+                yield f"{words}, {title}{rest}", Session(path, precision), size
 
 
-def latency(threads: int, repeats: int = 31, seconds: float = 40.0) -> None:
+def latency(threads: int, repeats: int = 31, seconds: float = 60.0) -> None:
     torch.set_num_threads(threads)
-    models = dict(ways())
+    with tempfile.TemporaryDirectory() as folder:
+        found = list(ways(Path(folder)))
+    models = {name: model for name, model, _ in found}
+    base = next(iter(models))
     cells: dict[str, Any] = {}
     for batch, length in SHAPES:
         ids = torch.randint(1000, 20000, (batch, length), generator=torch.Generator().manual_seed(0))
         call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        load = os.getloadavg()[0]
         times = measure_latency(models, (), call, repeats=repeats, max_seconds=seconds)
-        cells[f"{batch} x {length}"] = {
+        rows = {
             name: {
                 "ms": 1e3 * t.seconds,
-                "speedup": times["fp32"].seconds / t.seconds,
+                "speedup": times[base].seconds / t.seconds,
                 "spread": t.spread,
                 "runs": t.runs,
             }
             for name, t in times.items()
         }
+        cells[f"{batch} x {length}"] = {"load_average_before": round(load, 1), "rows": rows}
         print(f"{batch} x {length}", json.dumps(cells[f"{batch} x {length}"]), flush=True)
     record = {
         "command": f"python benchmarks/quantization.py --latency --threads {threads}",
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-        "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("torch", "transformers", "onnxruntime", "openvino")},
+        "machine": side_by_side.machine(),
         "threads": torch.get_num_threads(),
+        "bytes": {name: size for name, _, size in found},
         "cells": cells,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -208,11 +275,16 @@ def table() -> None:
         lines.append("")
     path = RESULTS / "latency.json"
     if path.is_file():
-        cells = json.loads(path.read_text())["cells"]
-        lines += ["## Latency\n", f"| weights, backend | {' | '.join(cells)} |", f"|---|{'---|' * len(cells)}"]
-        for name in next(iter(cells.values())):
-            texts = ("{ms:.1f} ms, {speedup:.2f}x".format(**cell[name]) for cell in cells.values())
-            lines.append(f"| {name} | {' | '.join(texts)} |")
+        record = json.loads(path.read_text())
+        cells, sizes = record["cells"], record["bytes"]
+        lines += [
+            "## Latency\n",
+            f"{record['machine']}, {record['threads']} threads. Batch x tokens, median and speed-up.\n",
+        ]
+        lines += [f"| weights, backend | megabytes | {' | '.join(cells)} |", f"|---|---|{'---|' * len(cells)}"]
+        for name, size in sizes.items():
+            texts = ("{ms:.1f} ms, {speedup:.2f}x".format(**cell["rows"][name]) for cell in cells.values())
+            lines.append(f"| {name} | {size / 1e6:.1f} | {' | '.join(texts)} |")
         lines.append("")
     text = "\n".join(lines)
     (RESULTS / "table.md").write_text(f"`python benchmarks/quantization.py --table`\n\n{text}")
@@ -243,7 +315,7 @@ def main() -> None:
         table()
     else:
         run = Run(arguments.dataset, arguments.variant, arguments.seed)
-        settings = {"dataset": run.dataset, "variant": run.variant, "seed": run.seed, "precision": "float32"}
+        settings = {"dataset": run.dataset, "variant": run.variant, "seed": run.seed, "precision": PRECISION}
         RUNS.mkdir(parents=True, exist_ok=True)
         side_by_side.finish("quantization.py", run, settings, lambda: train(run, arguments.data))
 

@@ -44,6 +44,18 @@ def run_all(script: str, stages: Iterable[Iterable[Run]], jobs: int, data: str, 
             list(pool.map(start, [run for run in runs if not run.result.is_file()]))
 
 
+def machine() -> str:
+    """The machine in words: cores, processor, and what it has for small types."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = known.get("flags", "").split()
+    wide = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else ""
+    extras = [name for name, has in (("VNNI", "vnni"), ("bfloat16", "bf16")) if any(has in flag for flag in flags)]
+    words = [f"{os.cpu_count()} CPU cores", known.get("model name", platform.machine()), " ".join([wide, *extras])]
+    return ", ".join(word for word in words if word.strip())
+
+
 def finish(script: str, run: Run, settings: dict[str, Any], train: Callable[[], dict[str, Any]]) -> None:
     """Make a run and write its result, unless that is there.
 
@@ -63,7 +75,7 @@ def finish(script: str, run: Run, settings: dict[str, Any], train: Callable[[], 
         **settings,
         "command": " ".join([f"python benchmarks/{script}", *run.arguments]),
         "versions": {name: version(name) for name in ("torch", "lightning", "transformers")},
-        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} thread",
+        "machine": f"{machine()}, {torch.get_num_threads()} thread",
     }
     record |= train()
     run.result.write_text(json.dumps(record, indent=2) + "\n")

@@ -38,7 +38,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -283,11 +283,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def fit(module: TextClassification, data: TextData, callbacks: list[Callback], **length: int) -> float:
+def fit(
+    module: TextClassification,
+    data: TextData,
+    callbacks: list[Callback],
+    precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    **length: int,
+) -> float:
     """Train for ``max_epochs`` or ``max_steps``; seconds of this process."""
     trainer = L.Trainer(
         accelerator="cpu",
-        precision="32-true",
+        precision=precision,
         **length,
         callbacks=callbacks,
         logger=False,

@@ -40,7 +40,13 @@ WEIGHTS: Mapping[str, tuple[type[Quantizer], Mapping[str, _Read]]] = {
     ),
     "binary": (
         Binary,
-        {"scope": READER.string, "centred": READER.boolean, "scaled": READER.boolean, "clip": _optional(_number)},
+        {
+            "scope": READER.string,
+            "centred": READER.boolean,
+            "scaled": READER.boolean,
+            "clip": _optional(_number),
+            "size": _number,
+        },
     ),
     "ternary": (Ternary, {"scope": READER.string}),
     "learned_step": (LearnedStep, {"bits": _bits, "scope": READER.string}),

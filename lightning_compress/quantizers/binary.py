@@ -12,6 +12,7 @@ from lightning_compress.quantizers.base import Quantizer, Rounded
 from lightning_compress.quantizers.blocks import Scope
 from lightning_compress.quantizers.quantized import Grid
 
+SCALE_FREE_LOGITS = 25  # times the dims of a head: what logits of attention between +1 and -1 weights are divided by
 THRESHOLD = 0.7  # of the mean magnitude, below which a ternary weight is 0
 
 
@@ -27,12 +28,13 @@ class Binary(Quantizer):
     Args:
         scope: which elements share the two values: "tensor", "row" or "group:K".
         centred: whether the values may lie around another point than 0.
-        scaled: False for +1 and -1 as they are, as in the report of Vineeth S.; attention then needs logits divided by
-            25 d, d the dims of a head, in place of the square root of d (``SCALE_FREE_LOGITS``).
+        scaled: False for two values that do not depend on the weight, ``size`` and -``size``.
         clip: gradients pass where :math:`|w|` is at most this; None passes all.
+        size: the values without ``scaled``.
 
     Raises:
-        ValueError: for another scope, a clip that is not positive, or values that are centred and not scaled.
+        ValueError: for another scope, a clip or size that is not positive, values that are centred and not scaled, or a
+            size of scaled ones.
 
     References: Rastegari et al. 2016, "XNOR-Net"; Courbariaux et al. 2016, "Binarized Neural Networks".
     """
@@ -41,21 +43,45 @@ class Binary(Quantizer):
     centred: bool = True
     scaled: bool = True
     clip: float | None = None
+    size: float = 1.0
 
     def __post_init__(self) -> None:
         Scope(self.scope)
+        if not 0 < self.size < math.inf:
+            raise ValueError(f"Expected size, the magnitude of both values, to be above 0, but got {self.size!r}.")
+        if self.scaled and self.size != 1:
+            raise ValueError(
+                f"Expected scaled=False with a size of the values, but got scaled=True and size={self.size!r}. Leave "
+                "size out: it is computed from the weight."
+            )
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"Expected clip, where gradients end, to be above 0, but got {self.clip!r}.")
         if self.centred and not self.scaled:
             raise ValueError("Expected centred=False with scaled=False: +1 and -1 lie around 0, but got centred=True.")
 
     @classmethod
-    def of_the_report(cls) -> Binary:
-        """The binary weights of Vineeth S.'s report: the sign, with gradients where the weight is at most 1.
+    def of_the_report(cls, head_dim: int | None = None) -> Binary:
+        r"""The binary weights of Vineeth S.'s report: the sign, with gradients where the weight is at most 1.
 
-        Its code has sign(0) = 0; here it is 1, so that a bit holds it.
+        Products of two matrices without scales are so large that attention looks at one token only. The report divides
+        its logits by :math:`25 d` in place of :math:`\sqrt d`. The same comes from queries that are smaller by the
+        ratio of both: for their weights give the dims of a head, and the values are :math:`\pm 1 / (25 \sqrt d)`.
+        A bias of the queries is not made smaller. The report's code has sign(0) = 0; here it is 1, so that a bit holds
+        it.
+
+        Args:
+            head_dim: :math:`d`, for weights of queries; None for all others.
+
+        Raises:
+            ValueError: for dims below 1.
+
+        >>> Binary.of_the_report(head_dim=64).size
+        0.005
         """
-        return cls("tensor", centred=False, scaled=False, clip=1.0)
+        if head_dim is not None and head_dim < 1:
+            raise ValueError(f"Expected head_dim, the dims of an attention head, to be at least 1, but got {head_dim}.")
+        size = 1.0 if head_dim is None else 1 / (SCALE_FREE_LOGITS * math.sqrt(head_dim))
+        return cls("tensor", centred=False, scaled=False, clip=1.0, size=size)
 
     @property
     def stored_bits(self) -> int:
@@ -66,7 +92,7 @@ class Binary(Quantizer):
         """The value of the side on which an element lies."""
         passes = None if self.clip is None else blocks.abs() <= self.clip
         if not self.centred:
-            size = blocks.abs().mean(1, keepdim=True) if self.scaled else torch.ones_like(blocks[:, :1])
+            size = blocks.abs().mean(1, keepdim=True) if self.scaled else torch.full_like(blocks[:, :1], self.size)
             return Rounded(Grid(0, 1, 2 * size, -size), (blocks >= 0).to(blocks.dtype), passes)
         above = (blocks >= blocks.mean(1, keepdim=True)).to(blocks.dtype)
         below, number = 1 - above, above.sum(1, keepdim=True)
@@ -110,7 +136,5 @@ class Ternary(Quantizer):
         size = (sizes * large).sum(1, keepdim=True) / large.sum(1, keepdim=True).clamp(min=1)
         return Rounded(Grid(-1, 1, size), blocks.sign() * large)
 
-
-SCALE_FREE_LOGITS = 25  # times the dims of a head: what logits of attention between +1 and -1 weights are divided by
 
 __all__ = ["SCALE_FREE_LOGITS", "Binary", "Ternary"]

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_compress.quantizers import Binary, LearnedStep, Quantizer, Stochastic, Ternary, Uniform, quantizer_named
+from lightning_compress.quantizers import (
+    SCALE_FREE_LOGITS,
+    Binary,
+    LearnedStep,
+    Quantizer,
+    Stochastic,
+    Ternary,
+    Uniform,
+    quantizer_named,
+)
 
 SCOPES = ("tensor", "row", "group:4")
 EVERY: list[Quantizer] = [
@@ -219,6 +228,33 @@ def test_the_sign_of_nothing_is_one() -> None:
     value = torch.tensor([[0.0, -0.5, 2.0, -3.0]])
     assert Binary.of_the_report()(value).tolist() == [[1.0, -1.0, 1.0, -1.0]]
     assert Binary(centred=False)(value)[0, 0] > 0
+
+
+def test_small_queries_divide_logits_as_the_report_does() -> None:
+    heads, dim = 3, 4
+    x, queries, keys = weight(5, 12), weight(12, 12), weight(12, 12)
+    signs = Binary.of_the_report()
+    q, k = (x @ w.t() for w in (Binary.of_the_report(head_dim=dim)(queries), signs(keys)))
+    large = x @ signs(queries).t()
+    for head in torch.arange(12).view(heads, dim):
+        logits = q[:, head] @ k[:, head].t() / math.sqrt(dim)
+        torch.testing.assert_close(logits, large[:, head] @ k[:, head].t() / (SCALE_FREE_LOGITS * dim))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: Binary.of_the_report(head_dim=0),
+            "Expected head_dim, the dims of an attention head, to be at",
+        ),
+        (lambda: Binary(centred=False, scaled=False, size=-1.0), "Expected size, the magnitude of both values, to be"),
+        (lambda: Binary(size=0.5), "Expected scaled=False with a size of the values, but got"),
+    ],
+)
+def test_sizes_of_binary_weights_that_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_ternary_is_its_formula() -> None:

@@ -40,6 +40,7 @@ EVERY: list[Quantizer] = [
     Stochastic(4, "mse", "tensor"),
     Binary(),
     Binary.of_the_report(),
+    Binary.of_the_report(head_dim=16),
     Ternary("tensor"),
     LearnedStep(4),
 ]
