@@ -317,3 +317,20 @@ def test_presets_compress(pretrained: Path, sentences: Path, tmp_path: Path) -> 
     weights = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=False)["state_dict"]
     units = [tensor.shape[0] for name, tensor in weights.items() if name.endswith("intermediate.dense.weight")]
     assert len(units) == 2 and min(units) < 32
+
+
+def test_the_command_of_quantization_runs(pretrained: Path, sentences: Path, tmp_path: Path) -> None:
+    words = run_command_of("docs/methods/quantization.md", pretrained, sentences, tmp_path, "--trainer.max_epochs=1")
+    assert [word for word in words if word.startswith("callbacks/")] == ["callbacks/quantization_aware_training.yaml"]
+    checkpoint = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=False)
+    (state,) = (s for key, s in checkpoint["callbacks"].items() if key.startswith("QuantizationAwareTraining"))
+    kinds = {name: kept["quantizer"]["kind"] for name, kept in state["quantizers"].items()}
+    assert kinds["model.encoder.encoder.layer.0.attention.self.query.weight"] == "uniform"
+    assert "model.encoder.embeddings.word_embeddings.weight" not in kinds  # tables are asked for by name
+
+
+def test_the_command_of_all_of_it_runs(pretrained: Path, sentences: Path, tmp_path: Path) -> None:
+    rows = run_recipe(pretrained, sentences, tmp_path, f"--config={ROOT / 'callbacks' / 'compress.yaml'}")
+    assert last(rows, "compression/macs_kept") <= 0.5
+    assert last(rows, "token_pruning/macs_kept") == pytest.approx(0.5, abs=0.05)
+    assert last(rows, "token_pruning/macs_kept_overall") <= 0.5 * 0.55
