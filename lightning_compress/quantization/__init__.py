@@ -18,6 +18,7 @@ from lightning_compress.quantization.inputs import (
 )
 from lightning_compress.quantization.kernels import packed_weights, plain_class
 from lightning_compress.quantization.packed import PackedForm, PackedWeight
+from lightning_compress.quantization.precision import PrecisionSearch, search_precision
 from lightning_compress.quantization.selection import (
     WEIGHT_KINDS,
     activation_named,
@@ -47,6 +48,7 @@ __all__ = [
     "ObservedRange",
     "PackedForm",
     "PackedWeight",
+    "PrecisionSearch",
     "QuantizationError",
     "Suspended",
     "WeightQuantizer",
@@ -60,6 +62,7 @@ __all__ = [
     "input_quantizers",
     "packed_weights",
     "plain_class",
+    "search_precision",
     "select_inputs",
     "select_weights",
     "suspended",

@@ -32,8 +32,12 @@ def _norm(value: Any, path: str) -> str:
     return READER.string(value, path, get_args(Norm))
 
 
+def _uniform_bits(value: Any, path: str) -> int:
+    return READER.integer(value, path, 1, 16)
+
+
 WEIGHTS: Mapping[str, tuple[type[Quantizer], Mapping[str, _Read]]] = {
-    "uniform": (Uniform, {"bits": _bits, "scope": READER.string, "symmetric": READER.boolean}),
+    "uniform": (Uniform, {"bits": _uniform_bits, "scope": READER.string, "symmetric": READER.boolean}),
     "stochastic": (
         Stochastic,
         {"bits": _bits, "norm": _norm, "scope": READER.string, "strict": READER.boolean},

@@ -9,7 +9,7 @@ from lightning_compress.quantizers.binary import Binary, Ternary
 from lightning_compress.quantizers.learned import LearnedStep
 from lightning_compress.quantizers.uniform import Uniform
 
-NAMES = "'int8' to 'int2', 'lsq8' to 'lsq2', 'ternary', 'binary'"
+NAMES = "'int16', 'int8' to 'int2', 'lsq8' to 'lsq2', 'ternary', 'binary'"
 
 
 def quantizer_named(name: str | Quantizer) -> Quantizer:
@@ -25,6 +25,8 @@ def quantizer_named(name: str | Quantizer) -> Quantizer:
     """
     if isinstance(name, Quantizer):
         return name
+    if name == "int16":
+        return Uniform(16)
     found = re.fullmatch(r"(int|lsq)([2-8])", name) if isinstance(name, str) else None
     if found is not None:
         return Uniform(int(found[2])) if found[1] == "int" else LearnedStep(int(found[2]))

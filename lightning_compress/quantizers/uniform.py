@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_compress.quantizers.base import Quantizer, Rounded, check_bits
+from lightning_compress.quantizers.base import Quantizer, Rounded
 from lightning_compress.quantizers.blocks import Scope
 from lightning_compress.quantizers.quantized import Grid
 
@@ -24,7 +24,7 @@ class Uniform(Quantizer):
         c = \frac{\max(w, 0) - \min(w, 0)}{2^b - 1}, \quad z = \operatorname{round}(-\min(w, 0) / c)
 
     Args:
-        bits: :math:`b`, from 2 to 8.
+        bits: :math:`b`, from 2 to 8, or 16.
         scope: which elements share a scale: "tensor", "row" or "group:K".
         symmetric: whether the range is that of both signs.
 
@@ -40,7 +40,8 @@ class Uniform(Quantizer):
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        check_bits("Uniform", self.bits, 2, 8)
+        if type(self.bits) is not int or not (2 <= self.bits <= 8 or self.bits == 16):
+            raise ValueError(f"Expected bits of Uniform to be an integer from 2 to 8, or 16, but got {self.bits!r}.")
         Scope(self.scope)
 
     @property
@@ -58,7 +59,7 @@ class Uniform(Quantizer):
         return Grid(-high, high, blocks.abs().amax(1, keepdim=True) / high)
 
     def _affine(self, blocks: Tensor) -> Grid:
-        # stored as signed integers, so that eight bits are an int8
+        # stored as signed integers, so that eight bits are an int8, and sixteen an int16
         steps, low = 2**self.bits - 1, -(2 ** (self.bits - 1))
         least, most = blocks.amin(1, keepdim=True).clamp(max=0), blocks.amax(1, keepdim=True).clamp(min=0)
         scale = (most - least) / steps

@@ -22,7 +22,12 @@ from lightning_compress.quantizers import (
 
 SCOPES = ("tensor", "row", "group:4")
 EVERY: list[Quantizer] = [
-    *(Uniform(bits, scope, symmetric) for bits in range(2, 9) for scope in SCOPES for symmetric in (True, False)),
+    *(
+        Uniform(bits, scope, symmetric)
+        for bits in (*range(2, 9), 16)
+        for scope in SCOPES
+        for symmetric in (True, False)
+    ),
     *(
         Stochastic(bits, norm, scope, strict)  # type: ignore[arg-type]
         for bits in (1, 2, 4, 8)
@@ -341,9 +346,9 @@ def test_a_step_that_fell_below_zero_does_no_harm() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Uniform(9), r"bits of Uniform to be an integer from 2 to 8, but got 9"),
-        (lambda: Uniform(1), r"bits of Uniform to be an integer from 2 to 8, but got 1"),
-        (lambda: Uniform(True), r"bits of Uniform to be an integer from 2 to 8, but got True"),
+        (lambda: Uniform(9), r"bits of Uniform to be an integer from 2 to 8, or 16, but got 9"),
+        (lambda: Uniform(1), r"bits of Uniform to be an integer from 2 to 8, or 16, but got 1"),
+        (lambda: Uniform(True), r"bits of Uniform to be an integer from 2 to 8, or 16, but got True"),
         (lambda: Stochastic(0), r"bits of Stochastic to be an integer from 1 to 8, but got 0"),
         (lambda: LearnedStep(1), r"bits of LearnedStep to be an integer from 2 to 8, but got 1"),
         (lambda: Stochastic(4, "l1"), r"norm to be one of \['l2', 'max', 'mse'\], but got 'l1'"),  # type: ignore[arg-type]
