@@ -173,12 +173,22 @@ def _row(tensor: Tensor, number: int, size: int | None) -> Tensor:
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no fused encoder layers (they call nothing that could be looked at), random state kept."""
+    """Evaluation mode, no fused encoder layers (they call nothing that could be looked at), random state kept.
+
+    Outside of inference mode; whether gradients are recorded stays.
+    """
+    gradients = torch.is_grad_enabled()
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.inference_mode(False), torch.random.fork_rng(devices=devices), evaluation(model):
+        # leaving inference mode alone would turn gradients on
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(gradients),
+            torch.random.fork_rng(devices=devices),
+            evaluation(model),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
