@@ -55,16 +55,23 @@ class Calibration:
     def parts(self) -> tuple[Calibration, Calibration]:
         """Batches to learn from, and an eighth of them (the last, at least one) to judge by what was learned.
 
+        One batch is cut in halves.
+
         Raises:
-            ValueError: if there is one batch only.
+            ValueError: if there is one example only.
         """
-        if len(self.batches) < 2:
-            raise ValueError(
-                "Expected at least two calibration batches for a repair, one of which judges it, but got one. Make the "
-                "batches of the loader smaller, or compress with repair=None."
-            )
-        held = max(1, len(self.batches) // 8)
-        return self.with_batches(self.batches[:-held]), self.with_batches(self.batches[-held:])
+        batches = self.batches
+        if len(batches) < 2:
+            size = size_of(batches[0]) or 1
+            if size < 2:
+                raise ValueError(
+                    "Expected at least two calibration examples for a repair, one of which judges it, but got one. "
+                    "Give more, or compress with repair=None."
+                )
+            half = size // 2
+            batches = (_rows(batches[0], 0, half, size), _rows(batches[0], half, size, size))
+        held = max(1, len(batches) // 8)
+        return self.with_batches(batches[:-held]), self.with_batches(batches[-held:])
 
 
 def taken(model: nn.Module, loader: Iterable[Any], batches: int | None) -> tuple[Any, ...]:
@@ -164,11 +171,12 @@ def singles(batch: Any) -> Iterator[Any]:
     """The examples of a batch, each a batch of one."""
     size = size_of(batch)
     for n in range(size or 0):
-        yield pytree.tree_map_only(Tensor, lambda t, n=n: _row(t, n, size), batch)  # type: ignore[misc]
+        yield _rows(batch, n, n + 1, size)
 
 
-def _row(tensor: Tensor, number: int, size: int | None) -> Tensor:
-    return tensor[number : number + 1] if tensor.dim() and tensor.shape[0] == size else tensor
+def _rows(batch: Any, start: int, stop: int, size: int | None) -> Any:
+    """Some examples of a batch of this size."""
+    return pytree.tree_map_only(Tensor, lambda t: t[start:stop] if t.dim() and t.shape[0] == size else t, batch)
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def repair_readers(
     tensors = named_tensors(model)
     axes = {(p.parameter, p.axis): p for s in structures for p in readers(s)}
     names = names_of(model, {name for name, _ in axes})
-    targets = _recorded(model, names, set(axes), calibration, progress)
+    targets = _recorded(model, names, set(axes), calibration.with_batches(fit.batches + judge.batches), progress)
     zeros = _positions(plan)
     changed = {name for name, _ in zeros} | set(targets)
     biases = {name: bias_of(name, tensors) for name in targets}

@@ -26,7 +26,8 @@ class SecondOrder:
     """An importance function: the error that each unit adds when it goes, in the order in which they go best.
 
     The scores of the first k units add up to the error that is left when all of them are gone and the others have taken
-    over (``repair_readers`` does that for the chosen ones).
+    over, or a little more: a unit that adds less than one before it counts as much. ``repair_readers`` lets the others
+    take over.
 
     Args:
         moments: what ``input_moments`` returned.
@@ -99,6 +100,7 @@ class Elimination:
         units, p = table.shape
         self.v = torch.zeros(size, units * p, dtype=gram.dtype, device=gram.device)
         self.b = torch.zeros(weight.shape[0], units * p, dtype=gram.dtype, device=gram.device)
+        self.gone = torch.zeros(units, dtype=torch.bool, device=gram.device)
         self.used = 0
         rows, cols = self.table.unsqueeze(2), self.table.unsqueeze(1)
         self.blocks = self.inverse[rows, cols]  # (units, p, p)
@@ -110,8 +112,7 @@ class Elimination:
         if self.blocks.shape[-1] == 1:
             return (self.norms / self.blocks.clamp(min=1e-300))[:, 0, 0]
         eye = torch.eye(self.blocks.shape[-1], dtype=self.blocks.dtype, device=self.blocks.device)
-        gone = self.blocks.diagonal(dim1=1, dim2=2).abs().amax(1) < 1e-30
-        blocks = torch.where(gone[:, None, None], eye, self.blocks)
+        blocks = torch.where(self.gone[:, None, None], eye, self.blocks)  # nothing is left of those but rounding
         return torch.linalg.solve(blocks, self.norms).diagonal(dim1=1, dim2=2).sum(1)
 
     def remove(self, unit: int) -> None:
@@ -129,6 +130,7 @@ class Elimination:
         p = own.numel()
         self.v[:, self.used : self.used + p], self.b[:, self.used : self.used + p] = a, c
         self.used += p
+        self.gone[unit] = True
 
     @staticmethod
     def _over(values: Tensor, factor: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def test_copies_of_heads_and_ffn_units_cost_nothing_in_any_family(name: str) -> 
 
     def outputs(batch: dict[str, Any]) -> Tensor:
         with torch.no_grad():
-            return [t for t in output_tensors(call(model, batch)) if t.is_floating_point()][0].clone()
+            return next(t for t in output_tensors(call(model, batch)) if t.is_floating_point()).clone()
 
     batches = [varied(seed) for seed in range(60)]
     expected, elsewhere = outputs(batches[0]), varied(99)
