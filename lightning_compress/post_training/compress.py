@@ -307,12 +307,6 @@ def prepare(
         min_units=settings.min_units,
         **options,
     )
-    if plan.is_empty:
-        ((name, value),) = ((n, v) for n, v in settings.targets.items() if v is not None)
-        raise ValueError(
-            f"Expected a budget that removes something, but {name}={value:g} is met by the model as it is, up to whole "
-            "units. Ask for less. Nothing was changed."
-        )
     if settings.rearrange and matrices:
         plan = rearranged_plan(model, plan, matrices)
     clock.lap("plan")

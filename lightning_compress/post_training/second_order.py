@@ -21,6 +21,8 @@ from lightning_compress.post_training.moments import InputMoments
 from lightning_compress.post_training.products import columns, matrix, readers
 from lightning_compress.structures import Structure, named_tensors
 
+BLOCK = 64  # columns
+
 
 class SecondOrder:
     """An importance function: the error that each unit adds when it goes, in the order in which they go best.
@@ -78,11 +80,12 @@ class SecondOrder:
 
 
 class Elimination:
-    """One matrix whose units are eliminated one after the other.
+    r"""One matrix whose units are eliminated one after the other.
 
-    The inverse H^-1 and W are never written: after the units 1 ... k they are H^-1 - V V^T and W - B V^T, where each
-    unit has added its columns to V and B (a Cholesky decomposition with pivots). Only the diagonal blocks of what is
-    left, and of W^T W, are kept up to date: enough for the saliency of every unit.
+    Kept up to date are the diagonal blocks of the inverse and of W^T W, which give the saliency of every unit. The
+    matrices themselves follow in blocks, because most of their columns are never asked for: in between, they are
+
+    .. math:: H^{-1} - V V^\top, \qquad W^\top W - X V^\top - V X^\top
 
     Args:
         weight: W, (outputs, columns), float64.
@@ -92,20 +95,17 @@ class Elimination:
     """
 
     def __init__(self, weight: Tensor, gram: Tensor, table: Tensor, damping: float) -> None:
-        size = gram.shape[0]
         level = float(gram.diagonal().mean()) * damping or 1.0
-        damped = gram + level * torch.eye(size, dtype=gram.dtype, device=gram.device)
+        damped = gram + level * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        self.w, self.table = weight, table.to(weight.device)
+        self.products = weight.T @ weight
+        self.table = table.to(weight.device)
         units, p = table.shape
-        self.v = torch.zeros(size, units * p, dtype=gram.dtype, device=gram.device)
-        self.b = torch.zeros(weight.shape[0], units * p, dtype=gram.dtype, device=gram.device)
-        self.gone = torch.zeros(units, dtype=torch.bool, device=gram.device)
+        self.v, self.x = (torch.zeros(gram.shape[0], max(BLOCK, p), dtype=gram.dtype, device=gram.device) for _ in "vx")
         self.used = 0
+        self.gone = torch.zeros(units, dtype=torch.bool, device=gram.device)
         rows, cols = self.table.unsqueeze(2), self.table.unsqueeze(1)
-        self.blocks = self.inverse[rows, cols]  # (units, p, p)
-        by_unit = weight[:, self.table]  # (outputs, units, p)
-        self.norms = torch.einsum("oup,ouq->upq", by_unit, by_unit)
+        self.blocks, self.norms = self.inverse[rows, cols], self.products[rows, cols]  # (units, p, p)
 
     def saliency(self) -> Tensor:
         """Error that each unit would add now, (units,)."""
@@ -118,19 +118,29 @@ class Elimination:
     def remove(self, unit: int) -> None:
         """Take a unit out; the others take over."""
         own = self.table[unit]
-        v, b = self.v[:, : self.used], self.b[:, : self.used]
+        p = own.numel()
+        if self.used + p > self.v.shape[1]:
+            self._flush()
+        v, x = self.v[:, : self.used], self.x[:, : self.used]
         factor = torch.linalg.cholesky(self.blocks[unit])
         a = self._over(self.inverse[:, own] - v @ v[own].T, factor)  # (columns, p)
-        c = self._over(self.w[:, own] - b @ v[own].T, factor)  # (outputs, p)
-        cross = self.w.T @ c - v @ (b.T @ c)  # W^T c as W is now, (columns, p)
-        by_unit, crossed = a[self.table], cross[self.table]  # (units, p, q)
+        # W^T c, where c = W_M L^-T is what the unit gives to the others, and c^T c
+        cross = self._over(self.products[:, own] - x @ v[own].T - v @ x[own].T, factor)
+        square = self._over(self._over(self.norms[unit], factor).T, factor)
+        change = cross - a @ square / 2
+        by_unit, changed = a[self.table], change[self.table]  # (units, p, p)
+        mixed = changed @ by_unit.mT
         self.blocks = self.blocks - by_unit @ by_unit.mT
-        mixed = crossed @ by_unit.mT
-        self.norms = self.norms - mixed - mixed.mT + by_unit @ (c.T @ c) @ by_unit.mT
-        p = own.numel()
-        self.v[:, self.used : self.used + p], self.b[:, self.used : self.used + p] = a, c
+        self.norms = self.norms - mixed - mixed.mT
+        self.v[:, self.used : self.used + p], self.x[:, self.used : self.used + p] = a, change
         self.used += p
         self.gone[unit] = True
+
+    def _flush(self) -> None:
+        v, x = self.v[:, : self.used], self.x[:, : self.used]
+        self.inverse.addmm_(v, v.T, alpha=-1)
+        self.products.addmm_(x, v.T, alpha=-1).addmm_(v, x.T, alpha=-1)
+        self.used = 0
 
     @staticmethod
     def _over(values: Tensor, factor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress import LowRankSignificance, SecondOrder, discover, input_moments
+from lightning_compress.post_training import second_order
 from lightning_compress.post_training.calibration import Calibration, default_call, default_loss, real_tokens
 from lightning_compress.post_training.second_order import Elimination, eliminate
 
@@ -20,8 +21,11 @@ def best_error(weight: Tensor, gram: Tensor, gone: Tensor) -> float:
     return float(((change @ gram) * change).sum())
 
 
-@pytest.mark.parametrize("p", [1, 3])
-def test_each_saliency_is_what_the_unit_adds_to_the_best_error(p: int) -> None:
+@pytest.mark.parametrize(("p", "block"), [(1, 64), (3, 64), (1, 2), (3, 4)])
+def test_each_saliency_is_what_the_unit_adds_to_the_best_error(
+    p: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(second_order, "BLOCK", block)
     units, outputs = 6, 5
     weight = torch.randn(outputs, units * p, dtype=torch.float64)
     inputs = torch.randn(40, units * p, dtype=torch.float64) @ torch.randn(units * p, units * p, dtype=torch.float64)
