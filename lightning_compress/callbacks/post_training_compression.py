@@ -67,8 +67,9 @@ class PostTrainingCompression(Callback):
         result: what was done; None before.
 
     Raises:
-        ValueError: for contradicting arguments or values out of range; when the loop begins, for more than one process
-            or an occupied folder; at its end, as ``compress_after_training``.
+        ValueError: for contradicting arguments or values out of range; when the loop begins, for more than one process;
+            at its end, as ``compress_after_training``.
+        FileExistsError: when the loop begins, if the folder is occupied.
     """
 
     def __init__(

@@ -18,6 +18,7 @@ from lightning_compress.post_training.progress import Progress, quiet
 from lightning_compress.post_training.second_order import SecondOrder
 from lightning_compress.structures import Structure, named_tensors
 
+ROWS = 512  # of the inputs of a weight in one call: neighbouring tokens and pixels say little more
 Criterion = Literal["fisher", "taylor", "norm", "low_rank", "low_rank_fisher", "obs", "obs_loss"]
 
 
@@ -72,9 +73,7 @@ def calibrated_scores(
     metrics: Mapping[str, Tensor] | None = None
     if criterion == "obs_loss":
         metrics = output_metrics(model, structures, calibration)
-    moments = input_moments(
-        model, structures, calibration.with_batches(tuple(progress(calibration.batches, "inputs of weights")))
-    )
+    moments = input_moments(model, structures, calibration, cut=ROWS, progress=progress)
     score: LowRankSignificance | SecondOrder = (
         LowRankSignificance(form="activation", moments=moments)
         if criterion == "low_rank"

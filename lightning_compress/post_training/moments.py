@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_compress.post_training.calibration import Calibration, at_rest
 from lightning_compress.post_training.products import Product, ProductTap, names_of, readers
+from lightning_compress.post_training.progress import Progress, quiet
 from lightning_compress.structures import Structure
 
 
@@ -30,7 +31,11 @@ class InputMoments:
 
 @torch.no_grad()
 def input_moments(
-    model: nn.Module, structures: Iterable[Structure], calibration: Calibration, cut: int | None = None
+    model: nn.Module,
+    structures: Iterable[Structure],
+    calibration: Calibration,
+    cut: int | None = None,
+    progress: Progress = quiet,
 ) -> dict[str, InputMoments]:
     """Second moments of the inputs of every weight that reads units, in the order of execution, by parameter name.
 
@@ -41,6 +46,7 @@ def input_moments(
         structures: its structures.
         calibration: the batches.
         cut: at most so many rows of each call, evenly spaced; None for all.
+        progress: wraps iterables, for a progress bar.
     """
     axes = {(p.parameter, p.axis) for s in structures for p in readers(s)}
     found: dict[str, InputMoments] = {}
@@ -60,7 +66,7 @@ def input_moments(
             found[product.parameter] = InputMoments(product, gram, rows.shape[0])
 
     with at_rest(model), ProductTap(names_of(model, {name for name, _ in axes}), after=add):
-        for batch in calibration.batches:
+        for batch in progress(calibration.batches, "inputs of weights"):
             real = calibration.real(batch)
             calibration.call(model, batch)
     return found
