@@ -21,13 +21,13 @@ pytestmark = [
 
 
 def test_digits(tmp_path: Path) -> None:
-    arguments = ["--epochs", "3", "--width", "32", "--macs", "0.6", "--batches", "6", "--tune", "1"]
+    arguments = ["--epochs", "1", "--width", "32", "--macs", "0.6", "--batches", "3", "--tune", "1"]
     rows = post_training.main(post_training.parser().parse_args([*arguments, "--results", str(tmp_path / "r.json")]))
     assert rows == json.loads((tmp_path / "r.json").read_text())
     small = rows["0.6"]
     assert small["compression/macs_kept"] <= 0.6 and small["compression/error"] < 1e-9
-    assert small["accuracy"] > rows["dense"]["accuracy"] - 40  # three epochs of a narrow model are no model yet
-    assert small["tuned"] > 20
+    assert small["accuracy"] > rows["dense"]["accuracy"] - 40  # an epoch of a narrow model is no model yet
+    assert small["tuned"] > 10
 
 
 def test_sentences(pretrained: Path, sentences: Path) -> None:
