@@ -50,7 +50,8 @@ class PostTrainingCompression(Callback):
         latency: of the measured latency of the first batch on this device. Exactly one of the four.
         importance: "fisher", "taylor", "norm", "low_rank", "low_rank_fisher", "obs" or "obs_loss"; see
             `CalibratedImportance`. "norm", "low_rank" and "obs" need no labels.
-        rearrange: with "fisher": choose again inside each structure, by the full Fisher information.
+        rearrange: with "fisher": rank units by what they cost together, by the full Fisher information of each
+            structure, and choose again inside each. False ranks by the diagonal.
         repair: "weights" for least squares over the matrices that read units, "scales" for a factor per unit, None for
             nothing.
         kinds: kinds of structures to remove units of. Default: ("head", "ffn").

@@ -6,7 +6,7 @@ from lightning_compress.post_training.fisher import FisherAccumulator
 from lightning_compress.post_training.low_rank import LowRankSignificance
 from lightning_compress.post_training.moments import InputMoments, input_moments
 from lightning_compress.post_training.repair import Repair, repair_readers
-from lightning_compress.post_training.search import rearranged, rearranged_plan
+from lightning_compress.post_training.search import joint_scores, rearranged, rearranged_plan
 from lightning_compress.post_training.second_order import SecondOrder
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "SecondOrder",
     "compress_after_training",
     "input_moments",
+    "joint_scores",
     "rearranged",
     "rearranged_plan",
     "repair_readers",

@@ -23,7 +23,7 @@ from lightning_compress.post_training.criteria import Criterion, calibrated_scor
 from lightning_compress.post_training.products import readers
 from lightning_compress.post_training.progress import Progress, quiet
 from lightning_compress.post_training.repair import DAMPINGS, Repair, What, bias_of, repair_readers
-from lightning_compress.post_training.search import rearranged_plan
+from lightning_compress.post_training.search import joint_scores, rearranged_plan
 from lightning_compress.report import CompressionReport, StructureCount, count_parameters, file_size, measure_latency
 from lightning_compress.structures import Structures, named_tensors
 from lightning_compress.surgery import SurgeryReport, apply_plan, silence_units
@@ -188,7 +188,8 @@ def compress_after_training(
         latency: of the measured latency of the example on this device. Exactly one of the four.
         importance: "fisher", "taylor", "norm", "low_rank", "low_rank_fisher", "obs" or "obs_loss"; see
             `CalibratedImportance`.
-        rearrange: with "fisher": choose again inside each structure, by the full Fisher information.
+        rearrange: with "fisher": rank units by what they cost together, by the full Fisher information of each
+            structure, and choose again inside each. False ranks by the diagonal.
         repair: "weights" for least squares over the matrices that read units, "scales" for a factor per unit, None for
             nothing.
         kinds: kinds of structures to remove units of.
@@ -294,6 +295,8 @@ def prepare(
     scores, matrices = calibrated_scores(
         model, structures, calibration, settings.importance, per_sample=settings.per_sample, progress=progress
     )
+    if settings.rearrange:
+        scores = {**scores, **{name: joint_scores(fisher) for name, fisher in matrices.items()}}
     clock.lap("importance")
     options: dict[str, Any] = dict(settings.targets)
     if settings.latency is not None:

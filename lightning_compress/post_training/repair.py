@@ -23,6 +23,7 @@ from lightning_compress.post_training.moments import moment
 from lightning_compress.post_training.products import Product, ProductTap, columns, matrix, names_of, readers
 from lightning_compress.post_training.progress import Progress, quiet
 from lightning_compress.structures import Structure, named_tensors, owner_path
+from lightning_compress.surgery import silence_units
 
 What = Literal["weights", "scales"]
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -121,8 +122,9 @@ def repair_readers(
             target.keep[(gone.unsqueeze(1) * taps + torch.arange(taps)).reshape(-1)] = False
             bias = None if biases[name] is None else tensors[biases[name]]  # type: ignore[index]
             own = (model, name, weight, target)
-            learned = _sums(*own, fit, bias is not None, 0)
-            judged = _sums(*own, judge, bias is not None, len(fit.batches))
+            with silence_units(model, plan):  # norms leave units out, layers are passed by
+                learned = _sums(*own, fit, bias is not None, 0)
+                judged = _sums(*own, judge, bias is not None, len(fit.batches))
             target.outputs.clear()  # the largest things here
             units = columns(weight, piece) if what == "scales" else None
             done.append(_solved(name, weight, bias, target, learned, judged, units, dampings))

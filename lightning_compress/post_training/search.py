@@ -20,6 +20,32 @@ def joint_loss(fisher: Tensor, removed: Tensor) -> float:
     return float(fisher[removed][:, removed].sum())
 
 
+def joint_scores(fisher: Tensor) -> Tensor:
+    r"""What each unit adds to :math:`1_R^\top F\, 1_R` when it goes, in the order in which units go best.
+
+    The diagonal of F says what a unit costs alone. Units of a late layer often push the loss the same way: each costs
+    next to nothing, all of them everything. These scores tell the budget.
+
+    Args:
+        fisher: full Fisher information of the units, (units, units).
+
+    Returns:
+        Scores of shape (units,): a unit that adds less than one before it counts as much.
+    """
+    fisher = fisher.double()
+    units = fisher.shape[0]
+    adds = fisher.diagonal().clone()  # of each unit to what is gone: F_uu + 2 (F 1_R)_u
+    gone = torch.zeros(units, dtype=torch.bool)
+    scores = torch.zeros(units, dtype=torch.float64)
+    worst = 0.0
+    for _ in range(units):
+        unit = int(adds.masked_fill(gone, torch.inf).argmin())
+        worst = max(worst, float(adds[unit]))
+        scores[unit], gone[unit] = worst, True
+        adds += 2 * fisher[:, unit]
+    return scores
+
+
 def rearranged(fisher: Tensor, removed: Tensor) -> Tensor:
     """As many units to remove, chosen so that they cost less together; never more than ``removed`` do.
 
@@ -64,4 +90,4 @@ def rearranged_plan(model: nn.Module, plan: PruningPlan, matrices: Mapping[str, 
     return PruningPlan.of(model, plan.structures, kept)
 
 
-__all__ = ["joint_loss", "rearranged", "rearranged_plan"]
+__all__ = ["joint_loss", "joint_scores", "rearranged", "rearranged_plan"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_compress import PruningPlan, discover, rearranged, rearranged_plan
+from lightning_compress import PruningPlan, discover, joint_scores, rearranged, rearranged_plan
 from lightning_compress.post_training.search import joint_loss
 
 
@@ -59,3 +59,22 @@ def test_a_plan_keeps_its_counts() -> None:
     after = rearranged_plan(model, plan, {"ffn": gradients.T @ gradients})
     assert after.counts == plan.counts
     assert after.kept["ffn_2"] == plan.kept["ffn_2"] and after.kept["ffn"] != plan.kept["ffn"]
+
+
+def test_joint_scores_add_up_to_the_joint_loss() -> None:
+    gradients = torch.rand(30, 9, dtype=torch.float64)  # all push the same way
+    fisher = gradients.T @ gradients
+    scores = joint_scores(fisher)
+    for count in range(1, 10):
+        gone = torch.zeros(9, dtype=torch.bool)
+        gone[scores.argsort()[:count]] = True
+        assert float(scores[gone].sum()) == pytest.approx(joint_loss(fisher, gone))
+    assert float(scores.sum()) > 5 * float(fisher.diagonal().sum())
+    assert torch.equal(joint_scores(torch.diag(torch.arange(4.0))), torch.arange(4.0).double())
+
+
+def test_joint_scores_are_never_negative() -> None:
+    gradients = torch.randn(20, 1, dtype=torch.float64)
+    fisher = torch.cat([gradients, -gradients, 3 * torch.randn(20, 1, dtype=torch.float64)], 1)
+    scores = joint_scores(fisher.T @ fisher)
+    assert scores[0] == scores[1] < scores[2]
