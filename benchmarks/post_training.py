@@ -12,7 +12,7 @@ feed-forward units, on sentences of 128 tokens.
     magnitude  squared norms
     taylor     first-order Taylor scores of batches
     fisher     diagonal Fisher information of examples
-    repaired   the same, rearranged inside each layer, and repaired by least squares
+    repaired   full Fisher information: what units cost together, rearranged, and repaired by least squares
     svd        Fisher information times the relative residual of half of the singular directions
     obs        second order, in units of the loss, repaired by least squares
 """
