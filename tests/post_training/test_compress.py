@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from lightning_compress import (
 from lightning_compress.post_training import compress as compress_module
 from lightning_compress.post_training.calibration import default_loss
 from lightning_compress.post_training.search import joint_loss
+from tests.latency.fake import CALL, Clock, Stack, proven
 from tests.zoo import MODELS
 
 BATCHES = 6
@@ -132,19 +132,16 @@ def test_whole_layers_go_too(case: Any) -> None:
     assert len(result.repairs) == 0 and model(batches[0][0]).shape == (32, 3)
 
 
-def test_a_latency_is_a_budget_too(case: Any) -> None:
-    model, batches = case
-    example = ((batches[0][0],), {})
-    structures = discover(model, *example, kinds=("ffn",), prove=True)
-    table = measure_latency_table(model, structures, *example, seconds=1.0, cache=False)
-    small = copy.deepcopy(model)
-    # a busy machine may be off by more than 5 %: then it says so
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        result = compress_after_training(
-            small, batches, latency=0.95, kinds=("ffn",), example=example, table=table, repair=None
-        )
+def test_a_latency_is_a_budget_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("lightning_compress.budget.measure_latency", clock)
+    model = Stack(512, 256)
+    structures = proven(copy.deepcopy(model))
+    table = measure_latency_table(model, structures, CALL, {}, measure=clock, cache=False)
+    batches = [(torch.randn(4, 8), torch.randint(3, (4,))) for _ in range(4)]
+    result = compress_after_training(model, batches, latency=0.6, example=(CALL, {}), table=table, repair=None)
     assert not result.plan.is_empty
+    assert clock.time(model) / clock.time(Stack(512, 256)) == pytest.approx(0.6, rel=0.05)
 
 
 def test_a_family_with_padding_and_keyword_inputs() -> None:
