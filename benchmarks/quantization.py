@@ -102,7 +102,11 @@ class Run:
 
 
 def all_runs() -> list[Run]:
-    return [Run(d, variant, seed) for variant in VARIANTS for d in tokens.DATASETS for seed in tokens.SEEDS]
+    """All products first, then parts of the model; whoever breaks off has both seeds of what there is."""
+    whole = [variant for variant in VARIANTS if "attention" not in variant and "tables" not in variant]
+    parts = [variant for variant in VARIANTS if variant not in whole]
+    datasets = sorted(tokens.DATASETS, reverse=True)  # the one with the shorter sentences first
+    return [Run(d, v, seed) for some in (whole, parts) for d in datasets for v in some for seed in tokens.SEEDS]
 
 
 def prepare(model: nn.Module, weights: Any, activations: str | None = None, modules: Any = None) -> None:

@@ -43,7 +43,8 @@ def unit_scores(
       parameters: "norm" is the sum of squares, so that the score of a layer is that of what is inside; "taylor" is
       :math:`(\sum_i w_i \, \partial L / \partial w_i)^2`, the derivative of the loss by a common scale of them. Mean
       squares of weights say little about how layers compare: prefer "taylor" for them, or scores of your own.
-    - a function of (model, structure) that returns finite, non-negative scores of shape (units,).
+    - a function of (model, structure) that returns finite, non-negative scores of shape (units,). One with a method
+      ``of_all(model, structures)`` is asked for the scores of all structures at once, by name (one pass over data).
 
     Args:
         model: the model that the structures were discovered in.
@@ -67,6 +68,9 @@ def unit_scores(
             f"Expected weights with values to score units by {importance!r}, but {lacking[0]!r} has none (meta device "
             f"or FakeTensorMode). Pass scores of your own: make_plan(..., scores={{name: tensor of shape (units,)}})."
         )
+    if callable(of_all := getattr(importance, "of_all", None)):
+        every = of_all(model, structures)
+        return {s.name: _check_scores(s, every.get(s.name)) for s in structures}
     if callable(importance):
         return {s.name: _check_scores(s, importance(model, s)) for s in structures}
     if importance == "norm":

@@ -25,7 +25,7 @@ LAYERS = (  # from low to high: a module imports from its own layer and from tho
     {"structures", "plan", "plan_format", "strict_json", "token_policies"},
     {"discovery", "importance", "costs", "unit_groups"},
     {"budget", "surgery", "latency", "tokens", "quantization"},
-    {"analysis", "explanation", "report", "export", "saving", "vocabulary"},
+    {"analysis", "explanation", "report", "export", "saving", "vocabulary", "post_training"},
     {"callbacks"},
 )
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
