@@ -44,7 +44,9 @@ def run_all(script: str, stages: Iterable[Iterable[Run]], jobs: int, data: str, 
             list(pool.map(start, [run for run in runs if not run.result.is_file()]))
 
 
-def finish(script: str, run: Run, settings: dict[str, Any], train: Callable[[], dict[str, Any]]) -> None:
+def finish(
+    script: str, run: Run, settings: dict[str, Any], train: Callable[[], dict[str, Any]], headline: str = "accuracy"
+) -> None:
     """Make a run and write its result, unless that is there.
 
     Args:
@@ -52,6 +54,7 @@ def finish(script: str, run: Run, settings: dict[str, Any], train: Callable[[], 
         run: the run.
         settings: what is to be written down of it besides command, versions and machine.
         train: makes it, and returns what came out.
+        headline: what of it is printed.
     """
     import torch
 
@@ -67,4 +70,4 @@ def finish(script: str, run: Run, settings: dict[str, Any], train: Callable[[], 
     }
     record |= train()
     run.result.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"{run.name}: {record['accuracy']}", flush=True)
+    print(f"{run.name}: {record[headline]}", flush=True)
