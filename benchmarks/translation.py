@@ -23,6 +23,7 @@ what the others have to be compared with, since a falling learning rate alone ra
       -naive       output and input units of all matrices
       -small, -large   the literal penalty in the loss at the strengths of TPrune, in place of proximal steps whose
                  strength the target sets
+      -taylor      units ranked by first-order importance instead of norms
       -kd          with half of the loss from the dense model's answers
     heads        the baseline: whole heads by group lasso, the same schedule
     binary, stochasticB   weights trained as integers; -report and -code are the literal forms of the second study, from
@@ -138,6 +139,7 @@ class Variant:
     strategy: str = ""  # of TPrune, or "heads"
     regularizer: str = ""
     strength: float | None = None  # None: what the target needs
+    importance: str = "norm"
     distillation: float = 0.0
     quantization: dict[str, Any] = field(default_factory=dict)  # arguments of the callback
     scale_free: bool = False  # logits divided by 25 d, which weights of +1 and -1 need
@@ -153,6 +155,7 @@ def tprune_variants() -> Iterator[tuple[str, Variant]]:
                 yield f"{method}-{strategy}-{percent}", Variant("tprune", percent, strategy, regularizer)
         if percent != 45:  # all heads but one of each attention are less than 45 % of the weights
             yield f"heads-{percent}", Variant("tprune", percent, "heads", "group_lasso")
+        yield f"ssl-fine-{percent}-taylor", Variant("tprune", percent, "fine", "group_lasso", importance="taylor")
         yield f"ssl-fine-{percent}-kd", Variant("tprune", percent, "fine", "group_lasso", distillation=0.5)
         for method, strengths in STRENGTHS.items():
             for name, strength in strengths.items():
@@ -350,6 +353,7 @@ def pruning(run: Run, model: TranslationModel) -> list[Callback]:
         variant.regularizer,
         mode=variant.mode,
         strength="auto" if variant.strength is None else variant.strength,
+        importance=variant.importance,
         strategy=variant.strategy,
         decoder="transformer.decoder",
         start=0.0,
