@@ -33,7 +33,7 @@ pytestmark = [
 
 RUNS = (
     *("dense", "longer", "ssl-fine-20", "shs-naive-45", "ssl-fine-20-large", "ssl-fine-20-kd", "heads-20"),
-    *("binary-attention-report", "stochastic8-tables", "stochastic2-attention-code", "bssl-square-1"),
+    *("binary-attention-report", "stochastic8-tables-code", "bssl-square-1"),
 )
 
 
@@ -120,7 +120,7 @@ def test_every_study_runs_and_the_table_has_it(data: str, capsys: pytest.Capture
             if "heads" in variant:
                 assert layer.linear1.out_features == 64
     assert {records[name]["sparsity"] for name in ("dense", "longer")} == {0}
-    for variant in ("stochastic8-tables", "stochastic2-attention-code", "binary-attention-report"):
+    for variant in ("stochastic8-tables-code", "binary-attention-report"):
         assert records[variant]["bytes"] < records["longer"]["bytes"]
 
     translation.latency("tiny", 1, repeats=2, seconds=0.5)
