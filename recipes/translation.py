@@ -1,7 +1,7 @@
 """Train the original encoder-decoder Transformer to translate and, with the presets of `callbacks/`, make it smaller.
 
 A folder with parallel text, one sentence a line (`train.en` and `train.de`, `val.*`, any number of `test*.*`, each
-plain or `.gz`), in 18 epochs, on two cores in about 35 minutes:
+plain or `.gz`), in 18 epochs; by arithmetic about 35 minutes on two idle cores:
 
     python recipes/translation.py fit --config recipes/translation.yaml --data.dataset=path/to/multi30k
 
