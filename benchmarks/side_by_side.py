@@ -56,7 +56,9 @@ def machine() -> str:
     return ", ".join(word for word in words if word.strip())
 
 
-def finish(script: str, run: Run, settings: dict[str, Any], train: Callable[[], dict[str, Any]]) -> None:
+def finish(
+    script: str, run: Run, settings: dict[str, Any], train: Callable[[], dict[str, Any]], headline: str = "accuracy"
+) -> None:
     """Make a run and write its result, unless that is there.
 
     Args:
@@ -64,6 +66,7 @@ def finish(script: str, run: Run, settings: dict[str, Any], train: Callable[[], 
         run: the run.
         settings: what is to be written down of it besides command, versions and machine.
         train: makes it, and returns what came out.
+        headline: what of it is printed.
     """
     import torch
 
@@ -79,4 +82,4 @@ def finish(script: str, run: Run, settings: dict[str, Any], train: Callable[[], 
     }
     record |= train()
     run.result.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"{run.name}: {record['accuracy']}", flush=True)
+    print(f"{run.name}: {record[headline]}", flush=True)

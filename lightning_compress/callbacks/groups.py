@@ -77,46 +77,59 @@ def chosen_groups(
     """
     owners: dict[tuple[str, int], tuple[Structure, Slice]] = {}
     for structure in structures:
-        for piece in structure.slices:
-            if piece.role != "companion" and piece.parameter in parameters and parameters[piece.parameter].dim() >= 2:
-                owners.setdefault((piece.parameter, piece.axis), (structure, piece))
+        for piece in _matrix_slices(structure, parameters):
+            owners.setdefault((piece.parameter, piece.axis), (structure, piece))
     if strategy is not None:
-        chosen = _strategy_axes(owners, strategy, decoder, parameters)
-    elif groups == "blocks":
+        return _strategy_lines(parameters, structures, strategy, decoder)
+    if groups == "blocks":
         names = _matching(parameters, modules) if modules is not None else _unique(n for n, _ in owners)
         return [MatrixGroups(n, None) for n in names if parameters[n].dim() == 2]
-    else:
-        axis = _OUTPUT_UNITS if groups == "rows" else _INPUT_UNITS
-        names = _matching(parameters, modules) if modules is not None else _unique(n for n, _ in owners)
-        chosen = [(n, axis) for n in names]
+    axis = _OUTPUT_UNITS if groups == "rows" else _INPUT_UNITS
+    names = _matching(parameters, modules) if modules is not None else _unique(n for n, _ in owners)
     lines = []
-    for name, axis in chosen:
+    for name in names:
         owner = owners.get((name, axis))
         lines.append(MatrixGroups(name, axis, None if owner is None else (owner[0].name, owner[1].unit_of_position())))
     return lines
 
 
-def _strategy_axes(
-    owners: Mapping[tuple[str, int], tuple[Structure, Slice]],
-    strategy: str,
-    decoder: Sequence[str],
-    parameters: Mapping[str, nn.Parameter],
-) -> list[tuple[str, int]]:
+def _strategy_lines(
+    parameters: Mapping[str, nn.Parameter], structures: Sequence[Structure], strategy: str, decoder: Sequence[str]
+) -> list[MatrixGroups]:
     for prefix in decoder:
         if not any(_inside(n, prefix) for n in parameters):
             raise ValueError(f"Expected decoder to name a module that holds parameters, but {prefix!r} holds none.")
     regularized = {tuple(axis) for axis in tprune_strategy(strategy)}
-    chosen: dict[tuple[str, int], None] = {}
-    for (name, unit_axis), (structure, piece) in owners.items():
-        stack = "decoder" if any(_inside(name, prefix) for prefix in decoder) else "encoder"
-        matrix = _MATRIX[structure.kind, piece.role]
-        # the axis of the structure in the stored matrix is the axis of output units if the slice produces, of input
-        # units if it consumes, whichever way the matrix is stored
-        own = _INPUT_UNITS if matrix in ("output", "ffn_out") else _OUTPUT_UNITS
-        for units in (_OUTPUT_UNITS, _INPUT_UNITS):
-            if (stack, matrix, units) in regularized:
-                chosen[name, unit_axis if units == own else 1 - unit_axis] = None
-    return list(chosen)
+    lines: dict[tuple[str, int, tuple[int, ...]], MatrixGroups] = {}
+    for structure in structures:
+        for piece in _matrix_slices(structure, parameters):
+            name, positions = piece.parameter, piece.indices.reshape(-1).unique()
+            stack = "decoder" if any(_inside(name, prefix) for prefix in decoder) else "encoder"
+            matrix = _MATRIX[structure.kind, piece.role]
+            # the axis of the structure in the stored matrix is the axis of output units if the slice produces, of input
+            # units if it consumes, whichever way the matrix is stored
+            own = _INPUT_UNITS if matrix in ("output", "ffn_out") else _OUTPUT_UNITS
+            # of a packed matrix only the part in which the structure lives: values lie beside queries and keys
+            part = None if len(positions) == piece.size else (piece.axis, positions)
+            key = () if part is None else tuple(positions.tolist())
+            for units in (_OUTPUT_UNITS, _INPUT_UNITS):
+                if (stack, matrix, units) not in regularized:
+                    continue
+                if units == own:
+                    owner = (structure.name, piece.unit_of_position()[positions])
+                    lines[name, piece.axis, key] = MatrixGroups(name, piece.axis, owner, part)
+                else:
+                    axis = 1 - piece.axis
+                    lines.setdefault((name, axis, key), MatrixGroups(name, axis, part=part))
+    return list(lines.values())
+
+
+def _matrix_slices(structure: Structure, parameters: Mapping[str, nn.Parameter]) -> list[Slice]:
+    return [
+        piece
+        for piece in structure.slices
+        if piece.role != "companion" and piece.parameter in parameters and parameters[piece.parameter].dim() >= 2
+    ]
 
 
 def _matching(parameters: Mapping[str, nn.Parameter], patterns: Sequence[str]) -> list[str]:

@@ -201,11 +201,34 @@ class MatrixGroups:
         parameter: its name.
         axis: dim whose indices are the groups; None for the rows and columns of blocks.
         owner: structure whose units the lines are, and the unit of each line (-1: none); None where lines are no units.
+        part: axis, and positions on it, of the matrix within a packed one (queries and keys beside values); None: all.
     """
 
     parameter: str
     axis: int | None
     owner: tuple[str, Tensor] | None = None
+    part: tuple[int, Tensor] | None = None
+
+    def of(self, weight: Tensor) -> Tensor:
+        """The matrix; differentiable."""
+        return weight if self.part is None else weight.index_select(self.part[0], self.part[1].to(weight.device))
+
+    def scale_(self, weight: Tensor, factors: Tensor) -> None:
+        """Multiply the lines in place."""
+        assert self.axis is not None
+        if self.part is not None:
+            axis, positions = self.part[0], self.part[1].to(weight.device)
+            if axis != self.axis:
+                lines = self.of(weight)
+                weight.index_copy_(axis, positions, lines * self._along(lines, factors))
+                return
+            factors = factors.new_ones(weight.shape[axis]).index_copy_(0, positions, factors)
+        weight.mul_(self._along(weight, factors))
+
+    def _along(self, weight: Tensor, factors: Tensor) -> Tensor:
+        shape = [1] * weight.dim()
+        shape[self.axis or 0] = -1
+        return factors.to(weight.dtype).view(shape)
 
 
 class MatrixShrinkage:
@@ -256,7 +279,7 @@ class MatrixShrinkage:
             rate = rates[self.rates.keys[group.parameter]] * max(steps_left, 1.0)
             if rate <= 0:
                 continue
-            weight = self.parameters[group.parameter]
+            weight = group.of(self.parameters[group.parameter])
             norms = group_norms(weight, group.axis if group.axis is not None else 0)
             exempt = self._exempt(group)
             norms = norms if exempt is None else norms[~exempt]
@@ -286,13 +309,11 @@ class MatrixShrinkage:
             if group.axis is None:
                 self.regularizer.factors(weight, step, **self.blocks)
                 continue
-            factors = self.regularizer.factors(group_norms(weight, group.axis), step)
+            factors = self.regularizer.factors(group_norms(group.of(weight), group.axis), step)
             exempt = self._exempt(group)
             if exempt is not None:
                 factors = factors.masked_fill(exempt, 1.0)
-            shape = [1] * weight.dim()
-            shape[group.axis] = -1
-            weight.mul_(factors.to(weight.dtype).view(shape))
+            group.scale_(weight, factors)
 
     def add_gradient(self, strength: float, gradients: Mapping[str, Tensor]) -> None:
         """Add the gradient of strength * penalty."""
@@ -305,7 +326,7 @@ class MatrixShrinkage:
                 if group.axis is None:
                     penalty = self.regularizer.penalty(weight, **self.blocks)
                 else:
-                    norms = group_norms(weight, group.axis)
+                    norms = group_norms(group.of(weight), group.axis)
                     exempt = self._exempt(group)
                     penalty = self.regularizer.penalty(norms if exempt is None else norms.masked_fill(exempt, 0.0))
                 (slope,) = torch.autograd.grad(penalty, weight)

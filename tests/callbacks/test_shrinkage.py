@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lightning_compress.callbacks.groups import chosen_groups
 from lightning_compress.callbacks.optimizer_steps import OptimizerSteps
-from lightning_compress.callbacks.shrinkage import CoupledShrinkage, MatrixShrinkage, unit_costs
+from lightning_compress.callbacks.shrinkage import CoupledShrinkage, MatrixGroups, MatrixShrinkage, unit_costs
 from lightning_compress.regularizers import regularizer
 from tests.hand_made import FeedForward, feed_forward_structures
 
@@ -107,3 +107,33 @@ def test_lines_of_protected_units_are_exempt() -> None:
     own.apply(own.strength(3), {key: 3 * LR})
     assert torch.equal(model.up.weight[protected], before[protected])
     assert model.up.weight[~protected].abs().max() == 0
+
+
+@pytest.mark.parametrize("mode", ["proximal", "loss"])
+@pytest.mark.parametrize("name", ["group_lasso", "hoyer_square"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_part_of_a_packed_matrix_is_a_matrix_of_its_own(axis: int, name: str, mode: str) -> None:
+    rows = torch.tensor([1, 2, 5])  # they need not lie side by side
+    packed = nn.Parameter(torch.randn(6, 4, dtype=torch.float64))
+    alone = nn.Parameter(packed.detach()[rows].clone())
+    before = packed.detach().clone()
+    changed = []
+    for weight, part in ((packed, (0, rows)), (alone, None)):
+        weight.grad = torch.zeros_like(weight)
+        steps = OptimizerSteps()
+        optimizer = torch.optim.SGD([weight], lr=LR)
+        steps.attach([optimizer])
+        optimizer.step()
+        owner = ("unit", torch.arange(3)) if axis == 0 else None
+        own = MatrixShrinkage({"w": weight}, [MatrixGroups("w", axis, owner, part)], regularizer(name), steps)
+        own.protect({"unit": torch.tensor([False, True, False])})
+        if mode == "loss":
+            own.add_gradient(0.5, {"w": weight.grad})
+        else:
+            (key,) = set(own.rates.keys.values())
+            own.apply(1.5, {key: LR})
+        changed.append(weight.grad if mode == "loss" else weight.detach())
+    others = torch.tensor([0, 3, 4])
+    torch.testing.assert_close(changed[0][rows], changed[1])
+    assert torch.equal(changed[0][others], before[others] if mode == "proximal" else torch.zeros(3, 4).double())
+    assert not torch.equal(changed[1], before[rows] if mode == "proximal" else torch.zeros(3, 4).double())

@@ -1,0 +1,215 @@
+"""The translation benchmark on a tiny model and a made-up language: each study, costs, maps, resume, table, latency."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("tokenizers", reason="needs the extra `recipes`")
+
+from benchmarks import translation
+from lightning_compress import discover
+from lightning_compress.budget import cost_polynomial
+from lightning_compress.regularizers.blocks import block_line_norms
+from recipes import translation as recipe
+from recipes.translation import SIZES, Size, TranslationModel
+from tests.recipes import toy_language
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),  # Lightning calls a deprecated torch function
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*exists and is not empty.*"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval.*"),
+    pytest.mark.filterwarnings("ignore:Expected to keep params"),  # units of a tiny model are large
+]
+
+RUNS = (
+    *("dense", "longer", "ssl-fine-20", "shs-naive-45", "ssl-fine-20-large", "ssl-fine-20-kd", "heads-20"),
+    *("binary-attention-report", "stochastic8-tables-code", "bssl-square-1"),
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A folder with the files of Multi30k in a made-up language; runs write beside it, the dense one is there."""
+    folder = tmp_path_factory.mktemp("translation")
+    counts = {"train": 100, "val": 4, **dict.fromkeys((*translation.TESTS, "test_2018_flickr"), 4)}
+    toy_language.write(folder / "data" / "multi30k", counts)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RUNS", "RESULTS"):
+            patch.setattr(translation, name, folder / name)
+        patch.setattr(translation, "VOCABULARY", 300)
+        patch.setattr(translation, "LENGTHS", (4,))
+        patch.setitem(SIZES, "tiny", Size(32, 4, 2, 64, 0.1))
+        patch.setitem(translation.SCHEDULES, "tiny", translation.Schedule(1, 20, 1000, 2))
+        patch.setattr(recipe, "search", partial(recipe.search, extra=2))  # what has learned nothing never ends
+        translation.single(run("dense"), str(folder / "data"))
+        yield str(folder / "data")
+
+
+def run(variant: str) -> translation.Run:
+    return translation.Run(variant, 0, "tiny")
+
+
+def test_names_and_commands() -> None:
+    one = translation.Run("ssl-fine-20-kd", 1, "base")
+    assert one.name == "base-ssl-fine-20-kd-seed1" and one.dense.name == "base-dense-seed1"
+    assert one.arguments == ["--variant", "ssl-fine-20-kd", "--size", "base", "--seed", "1"]
+    names = [r.variant for r in translation.all_runs("small")]
+    assert len(names) == len(set(names)) == len(translation.VARIANTS) - 1
+    for method in ("ssl", "shs"):
+        for percent in (10, 20, 30, 45):
+            strategies = {f"{method}-{strategy}-{percent}" for strategy in ("fine", "coarse", "naive")}
+            assert strategies | {f"{method}-fine-{percent}-{s}" for s in ("small", "large")} <= set(names)
+    quantized = [r.settings.study for r in translation.all_runs("small", ("quantization",))]
+    assert quantized == ["dense", *["quantization"] * 19]
+
+
+def test_heads_alone_cannot_be_45_percent() -> None:
+    """Of the weights of the prunable matrices; so there are no such runs."""
+    for size in SIZES.values():
+        assert 12 / 28 * (size.heads - 1) / size.heads < 0.45  # of width^2: three attentions to two feed-forward parts
+        assert size.ffn in (2 * size.width, 4 * size.width)
+    assert "heads-30" in translation.VARIANTS and "heads-45" not in translation.VARIANTS
+
+
+def test_costs_are_those_that_the_library_counts() -> None:
+    model = TranslationModel(300, Size(32, 4, 2, 64, 0.0))
+    structures = discover(model, translation.example(), kinds=("head", "ffn"))
+    macs = cost_polynomial(structures, "macs").evaluate(structures.counts)
+    assert translation.macs_of(model) == macs / 2  # of two sentences
+    biases = sum(p.numel() for n, p in model.named_parameters() if n.endswith(("in_proj_bias", "linear1.bias")))
+    params = cost_polynomial(structures, "params").evaluate(structures.counts)
+    assert translation.matrix_weights(model) == params - biases
+
+
+def test_every_study_runs_and_the_table_has_it(data: str, capsys: pytest.CaptureFixture) -> None:
+    records = {}
+    for variant in RUNS:
+        translation.single(run(variant), data)
+        records[variant] = json.loads(run(variant).result.read_text())
+        assert set(records[variant]["bleu"]) == {"val", *translation.TESTS}
+        assert (
+            records[variant]["command"] == f"python benchmarks/translation.py --variant {variant} --size tiny --seed 0"
+        )
+        assert not list((translation.RUNS / run(variant).name).glob("*.ckpt"))
+    translation.single(run("dense"), data)  # finished: skipped
+    assert "nothing to do" in capsys.readouterr().out
+
+    whole = TranslationModel(300, SIZES["tiny"])
+    for variant in (name for name in RUNS if translation.VARIANTS[name].sparsity):
+        wanted = translation.VARIANTS[variant].sparsity / 100
+        assert wanted - 0.005 <= records[variant]["sparsity"] <= wanted + 0.03
+        assert records[variant]["verification_error"] <= 1e-9
+        small = translation.smaller_model(run(variant))
+        kept = translation.matrix_weights(small) / translation.matrix_weights(whole)
+        assert kept == pytest.approx(1 - records[variant]["sparsity"])
+        assert records[variant]["macs_kept"] == translation.macs_of(small) / translation.macs_of(whole)
+        for layer in small.transformer.decoder.layers:
+            attentions = (layer.self_attn, layer.multihead_attn)
+            if "fine" in variant:
+                assert layer.linear1.out_features == 64 and all(a.out_proj.in_features == 32 for a in attentions)
+            if "heads" in variant:
+                assert layer.linear1.out_features == 64
+    assert {records[name]["sparsity"] for name in ("dense", "longer")} == {0}
+    for variant in ("stochastic8-tables-code", "binary-attention-report"):
+        assert records[variant]["bytes"] < records["longer"]["bytes"]
+
+    translation.latency("tiny", 1, repeats=2, seconds=0.5)
+    translation.table("tiny")
+    text = (translation.RESULTS / "tiny-table.md").read_text()
+    first = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+    assert set(RUNS) <= set(first)
+    cells = json.loads((translation.RESULTS / "tiny-latency.json").read_text())["cells"]
+    assert list(cells) == ["core, 1 x 4", "core, 32 x 4", "translate, 1 x 4", "translate, 32 x 4"]
+    assert all(cell["dense"]["speedup"] == 1 and "heads-20" in cell for cell in cells.values())
+
+
+def test_maps_are_the_norms_of_all_matrices(data: str) -> None:
+    one = run("bssl-square-loss-large")
+    translation.single(one, data)
+    record = json.loads(one.result.read_text())
+    model = translation.smaller_model(one)
+    matrices = translation.matrices(model)
+    assert len(matrices) == 2 * (4 + 2) + 2 * (8 + 2)
+    arrays = numpy.load(translation.RESULTS / record["maps"])
+    assert sorted(arrays) == sorted(f"{name}.{which}" for name in matrices for which in ("rows", "columns"))
+    assert arrays["encoder.layers.0.self_attn.query.rows"].shape == (32, 4)  # blocks of 8 x 8
+    assert arrays["decoder.layers.1.linear1.columns"].shape == (8, 32) and record["dead"].keys() == matrices.keys()
+    weight = model.transformer.decoder.layers[1].multihead_attn.in_proj_weight[32:64]
+    rows, _ = block_line_norms(weight, block_shape=(8, 8))
+    stored = torch.from_numpy(arrays["decoder.layers.1.multihead_attn.key.rows"]).float()
+    torch.testing.assert_close(stored, rows.detach(), rtol=1e-3, atol=1e-4)
+    with torch.no_grad():  # what is dead is counted
+        matrices["encoder.layers.0.linear1"][1][:16] = 0
+    dead = translation.save_maps(one, model)["dead"]["encoder.layers.0.linear1"]
+    assert dead["rows"] == dead["output_units"] == 0.25 and dead["columns"] == 0.25 and dead["input_units"] == 0
+
+
+def test_an_interrupted_run_goes_on(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def weights(interrupted: bool) -> dict[str, torch.Tensor]:
+        one = run("shs-fine-45")
+        if interrupted:
+            with monkeypatch.context() as patch:
+                patch.setattr(translation, "evaluate", stop)
+                with pytest.raises(KeyboardInterrupt):
+                    translation.single(one, data)
+            assert (translation.RUNS / one.name / "last.ckpt").is_file()
+        translation.single(one, data)
+        model = translation.smaller_model(one)
+        one.result.unlink()
+        return model.state_dict()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    straight, resumed = weights(False), weights(True)
+    for name, tensor in straight.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=0)
+
+
+def test_logits_of_literal_binary_weights_have_their_scale(data: str) -> None:
+    module = translation.new_module(run("binary-all-report"), 10)
+    attentions = [m for m in module.modules() if isinstance(m, nn.MultiheadAttention)]
+    assert len(attentions) == 6 and all(a.scale == 1 / (25 * 8) for a in attentions)
+
+
+def test_what_is_missing_is_said(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("RUNS", "RESULTS"):
+        monkeypatch.setattr(translation, name, tmp_path / name)
+    with pytest.raises(
+        SystemExit, match=r"tiny-longer-seed0 starts from the dense weights: run `--variant dense --size"
+    ):
+        translation.train(run("longer"), data)
+    with pytest.raises(SystemExit, match=r"Expected a finished dense run: python benchmarks/translation.py --variant"):
+        translation.latency("tiny", 1)
+    shutil.copytree(Path(data) / "multi30k", tmp_path / "multi30k")
+    for language in ("en", "de"):
+        (tmp_path / "multi30k" / f"test_2017_flickr.{language}").unlink()
+    with pytest.raises(
+        SystemExit, match=r"Expected the test sets \['test_2016_flickr', 'test_2017_flickr'\] in .* but"
+    ):
+        translation.train(run("dense"), str(tmp_path))
+    dense, others = [run("dense")], [run("longer"), run("ssl-fine-20-kd")]
+    translation.estimate(dense, others, jobs=2)
+    said = capsys.readouterr().out
+    assert "3 of 3 runs are missing: about" in said and "2 at a time, on cores that make 50 GFLOP/s each" in said
+    run("dense").result.parent.mkdir(parents=True)
+    run("dense").result.write_text(json.dumps({"seconds_per_step": 4000.0}))
+    steps = translation.SCHEDULES["tiny"].steps(translation.BATCHES // 1000, dense=False)
+    assert translation.seconds_of(run("longer")) == pytest.approx(1.1 * 4000 * steps)
+    translation.estimate(dense, others, jobs=2)
+    hours = steps * 4000 / 3600 * (1.1 + 1.35) / 2
+    said = capsys.readouterr().out
+    assert said.startswith("2 of 3 runs are missing: about ")
+    assert float(said.split(" about ")[1].split()[0]) == pytest.approx(hours, abs=0.1)
