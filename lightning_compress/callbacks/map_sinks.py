@@ -40,9 +40,8 @@ class WandbSink:
         """Log everything of one moment at once, so that it lies at one position of the slider."""
         import wandb
 
-        values: dict[str, Any] = {
-            f"{PREFIX}/{kind}": wandb.Image(array, caption=_caption(maps, moment)) for kind, array in drawn.items()
-        }
+        caption = f"step {maps.step}" if moment is None else f"{moment}, step {maps.step}"
+        values: dict[str, Any] = {f"{PREFIX}/{kind}": wandb.Image(a, caption=caption) for kind, a in drawn.items()}
         values[f"{PREFIX}/matrices"] = wandb.Table(columns=list(COLUMNS), data=table(maps))
         for units in maps.structures:
             if units.kind in ("ffn", "channel"):
@@ -147,10 +146,6 @@ def sinks_for(loggers: Sequence[Logger], folder: Path, explicit: bool, done: int
     if explicit or not found:
         found.append(FolderSink(folder, done))
     return found
-
-
-def _caption(maps: ModelMaps, moment: str | None) -> str:
-    return f"step {maps.step}" if moment is None else f"{moment}, step {maps.step}"
 
 
 __all__ = ["ARRAYS", "COLUMNS", "PREFIX", "FolderSink", "Sink", "TensorBoardSink", "WandbSink", "sinks_for", "table"]

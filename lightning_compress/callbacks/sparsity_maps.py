@@ -43,9 +43,10 @@ class SparsityMaps(Callback):
 
     Six kinds of pictures: the *blocks* of every matrix, in the shape that it had before removals; the norms of the
     *heads* by layer; histograms of the *norms* of feed-forward units and channels; sparsity by *layers*; *bits* of the
-    weights; the *tokens* that stay. They go to Weights & Biases (one panel for each kind, with a table, histograms and a
-    summary) and to TensorBoard, whichever loggers the Trainer has; to PNG files and one JSON file where it has neither.
-    At the end of the fit everything is put into one HTML file. Only process 0 draws, and training is left as it is.
+    weights; the *tokens* that stay. They go to Weights & Biases (one panel for each kind, with a table, histograms and
+    a summary) and to TensorBoard, whichever loggers the Trainer has; to PNG files and one JSON file where it has
+    neither. At the end of the fit everything is put into one HTML file. Only process 0 draws, and training is left as
+    it is.
 
     With c the seconds that the last pictures took, S those that were spent so far and T those of the fit without
     them, pictures in between are drawn when :math:`S + c \le \text{max\_overhead} \cdot T`. Those at the begin, around
@@ -61,8 +62,8 @@ class SparsityMaps(Callback):
         block_shape: ``(out, in)`` size of a block; or
         block_grid: ``(out, in)`` number of blocks. Default: at most 32 a side.
         threshold: elements and lines count as dead up to this root mean square; 0 for exact zeros.
-        folder: for files. Default: "sparsity_maps" in the Trainer's ``default_root_dir``; pictures are then written only
-            if no logger takes them, and the HTML report always. Files of an earlier fit there are replaced.
+        folder: for files. Default: "sparsity_maps" in the Trainer's ``default_root_dir``; pictures are then written
+            only if no logger takes them, and the HTML report always. Files of an earlier fit there are replaced.
         html: whether to write ``report.html`` into the folder at the end of the fit.
         discover: whether heads and feed-forward units are looked for, with one traced call, where no other callback
             does.
@@ -210,8 +211,8 @@ class SparsityMaps(Callback):
         elif self._throttle.lengthened and not self._said:
             self._said = True
             rank_zero_info(
-                f"SparsityMaps draws every {self._throttle.every} optimizer steps now, not every {before}: more often it "
-                f"would take more than {self.max_overhead:.1%} of the time of the fit."
+                f"SparsityMaps draws every {self._throttle.every} optimizer steps now, not every {before}: more often "
+                f"it would take more than {self.max_overhead:.1%} of the time of the fit."
             )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -314,9 +315,7 @@ class SparsityMaps(Callback):
                     check_silent(traced, batch.args, batch.kwargs)  # this process calls it alone
                 example = smallest_example(traced, batch)
                 return discover(traced, example.args, example.kwargs, kinds=EXACT_KINDS)
-        except (
-            Exception
-        ) as error:  # whatever the user's forward raises: no reason to end a fit that only wants pictures
+        except Exception as error:  # whatever the user's forward raises ends no fit that only wants pictures
             rank_zero_warn(
                 f"SparsityMaps could not discover the structures of {session.traced_name or type(traced).__name__!r} "
                 f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}): it shows matrices "

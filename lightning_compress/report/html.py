@@ -26,7 +26,7 @@ from lightning_compress.report.map_pictures import (
 )
 from lightning_compress.report.maps import ModelMaps
 from lightning_compress.report.pictures import token_picture
-from lightning_compress.report.text import byte_size, milliseconds, ratio, si
+from lightning_compress.report.text import byte_size, ratio, si
 from lightning_compress.report.tokens import TokenSummary
 from lightning_compress.timing import Latency
 
@@ -119,9 +119,8 @@ def check_html() -> None:
 def _headline(report: CompressionReport | None, history: FitHistory | None) -> str:
     if report is not None:
         what = f" of {report.module!r}" if report.module else ""
-        return (
-            f"Compression{what} after {report.step} optimizer steps: {report.macs_kept:.1%} of the prunable MACs left"
-        )
+        left = f"{report.macs_kept:.1%} of the prunable MACs are left"
+        return f"Compression{what} after {report.step} optimizer steps: {left}"
     assert history is not None
     return f"No units were removed. The model was looked at {len(history.steps)} times in {history.steps[-1]} steps."
 
@@ -140,18 +139,20 @@ def _numbers(report: CompressionReport) -> list[tuple[str, Cell, Cell, Cell]]:
         faster = Cell(f"{report.training_speedup:.2f}x", report.training_speedup)
         rows.append(("training step, medians in the table of removals", Cell(""), Cell(""), faster))
     for call, (before, after) in report.latency.items():
-        seconds = (before.seconds, after.seconds)
-        texts = (milliseconds(before), milliseconds(after))
-        rows.append((f"latency, {call}", *(Cell(t, s) for t, s in zip(texts, seconds, strict=True)), _ratio(*seconds)))
-        for what, name in (("shortest", "best"), ("spread", "spread"), ("runs", "runs")):
-            one, other = getattr(before, name), getattr(after, name)
-            show = {"best": lambda s: f"{s * 1e3:.2f} ms", "spread": lambda s: f"{s:.1%}", "runs": str}[name]
-            rows.append((f"latency, {call}: {what}", Cell(show(one), one), Cell(show(other), other), Cell("")))
+        rows.append((f"latency, {call}", *_pair((before.seconds, after.seconds), _milliseconds)))
+        rows.append((f"latency, {call}: shortest", *_pair((before.best, after.best), _milliseconds)))
+        spread = (_percent(before.spread), _percent(after.spread))
+        rows.append((f"latency, {call}: spread of the runs, as a part of the median", *spread, Cell("")))
+        rows.append((f"latency, {call}: runs", _count(before.runs), _count(after.runs), Cell("")))
     return rows
 
 
 def _pair(values: tuple[Any, Any], show: Any) -> tuple[Cell, Cell, Cell]:
     return Cell(show(values[0]), values[0]), Cell(show(values[1]), values[1]), _ratio(*values)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"
 
 
 def _ratio(before: float, after: float) -> Cell:
@@ -163,8 +164,8 @@ def _structures(report: CompressionReport) -> list[tuple[str, str, Cell, Cell, C
         (
             s.name,
             s.kind,
-            Cell(str(s.units), s.units),
-            Cell(str(s.kept), s.kept),
+            _count(s.units),
+            _count(s.kept),
             _percent(s.kept / s.units),
             s.tier or "",
         )
@@ -176,7 +177,7 @@ def _rounds(report: CompressionReport) -> list[tuple[list[Cell], ...]]:
     """Rows of the table of removals; a field of it may have several numbers."""
     return [
         (
-            [Cell(str(r.step), r.step)],
+            [_count(r.step)],
             [Cell(f"{r.params:,}", r.params)],
             [_percent(r.macs_kept)],
             [Cell(f"{r.seconds:.2f} s", r.seconds)],
@@ -207,6 +208,9 @@ def _tokens(tokens: TokenSummary | None, history: FitHistory | None) -> dict[str
     costs = [("MACs of the layers, all tokens", Cell(si(whole), whole)), ("with those that stay", Cell(si(left), left))]
     if tokens.dense_macs is not None:
         costs.insert(0, ("before structures were removed", Cell(si(tokens.dense_macs), tokens.dense_macs)))
+    costs.append(("left by tokens that leave", _percent(tokens.macs_kept)))
+    if tokens.macs_kept_overall is not None:
+        costs.append(("left by tokens and structures together", _percent(tokens.macs_kept_overall)))
     names = ("5 %", "median", "95 %")
     costs += [(f"left of an example, {n}", _percent(q)) for n, q in zip(names, tokens.quantiles, strict=True)]
     layers = []
@@ -215,11 +219,11 @@ def _tokens(tokens: TokenSummary | None, history: FitHistory | None) -> dict[str
         layers.append((number + 1, _percent(kept), Cell("" if value is None else f"{value:.3g}", value)))
     return {
         "policy": tokens.policy,
-        "examples": Cell(str(tokens.examples), tokens.examples),
+        "examples": _count(tokens.examples),
         "length": Cell(f"{tokens.tokens:.1f}", tokens.tokens),
         "costs": costs,
         "layers": layers,
-        "histogram": [Cell(str(count), count) for count in tokens.histogram],
+        "histogram": [_count(count) for count in tokens.histogram],
         "picture": _picture(token_picture(tokens), "Tokens that enter each layer, and MACs left of the examples"),
     }
 
@@ -264,10 +268,14 @@ def _matrices(maps: ModelMaps) -> list[tuple[str, str, Cell, Cell, Cell, tuple[C
             _percent(m.sparsity),
             _percent(m.removed),
             Cell(f"{m.bits:g}", m.bits),
-            tuple(Cell(str(count), count) for count in m.counts.values()),
+            tuple(_count(count) for count in m.counts.values()),
         )
         for m in maps.matrices
     ]
+
+
+def _count(value: int) -> Cell:
+    return Cell(str(value), value)
 
 
 def _percent(value: float) -> Cell:

@@ -41,10 +41,10 @@ def block_picture(maps: ModelMaps) -> Figure:
     axes = figure.add_axes((0, 0, 1, 1))
     top = 0.6
     for (title, rows), talls in zip(sections, heights, strict=True):
-        axes.text(0.1, top + 0.1, title, fontsize=9, va="center", weight="bold")
+        axes.text(0.1, top + 0.1, _text(title), fontsize=9, va="center", weight="bold")
         top += 0.3
         for (name, row), tall in zip(rows, talls, strict=True):
-            axes.text(0.15, top + tall / 2, name, fontsize=7, va="center")
+            axes.text(0.15, top + tall / 2, _text(name), fontsize=7, va="center")
             for column, matrix in enumerate(row):
                 middle = label + (column + 0.5) * cell
                 width, height = _fitted(matrix, 0.88 * cell)
@@ -52,7 +52,7 @@ def block_picture(maps: ModelMaps) -> Figure:
                 picture = _colours(matrix, colour)
                 axes.imshow(picture, interpolation="nearest", aspect="auto", extent=(x, x + width, y + height, y))
                 under = f"{matrix.sparsity:.0%}" if name else f"{_last(matrix.name)} {matrix.sparsity:.0%}"
-                axes.text(middle, top + tall + 0.08, under, fontsize=6, ha="center", va="center")
+                axes.text(middle, top + tall + 0.08, _text(under), fontsize=6, ha="center", va="center")
             top += tall + 0.24
         top += 0.05
     axes.set_xlim(0, WIDTH)
@@ -88,7 +88,7 @@ def unit_picture(maps: ModelMaps, kind: str = "head") -> Figure | None:
     figure = _figure(WIDTH, 1.6 + 0.24 * len(rows), layout="constrained")
     axes = figure.subplots()
     axes.imshow(rows, interpolation="nearest", aspect="auto")
-    axes.set_yticks(range(len(rows)), [u.name for u in shown], fontsize=7)
+    axes.set_yticks(range(len(rows)), [_text(u.name) for u in shown], fontsize=7)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(f"{kind}, in the numbering of the model before removals")
     alive, total = sum(u.alive for u in shown), sum(u.units for u in shown)
@@ -126,7 +126,7 @@ def norm_picture(maps: ModelMaps, kinds: Sequence[str] = ("ffn", "channel")) -> 
             axes.bar(
                 [left], [0.95 * count / units.units], upper / BINS, bottom=base, align="edge", color=COLOURS[state]
             )
-    axes.set_yticks(range(len(shown)), [f"{u.name}\n{u.alive} of {u.units}" for u in reversed(shown)], fontsize=7)
+    axes.set_yticks(range(len(shown)), [f"{_text(u.name)}\n{u.alive} of {u.units}" for u in reversed(shown)], fontsize=7)
     axes.set_ylim(-0.05, len(shown))
     axes.set_xlim(0, upper * 1.14)
     numbers = [x for x in axes.get_xticks() if x <= upper]
@@ -191,7 +191,7 @@ def history_picture(
     axes.pcolormesh(_edges(len(steps)), _edges(len(sparsity)), [*sparsity.values()], vmin=0, vmax=1, cmap="Blues_r")
     axes.invert_yaxis()
     axes.set_xticks(range(len(steps)), [str(s) for s in steps], fontsize=6, rotation=90)
-    axes.set_yticks(range(len(sparsity)), [*sparsity], fontsize=5)
+    axes.set_yticks(range(len(sparsity)), [_text(name) for name in sparsity], fontsize=5)
     axes.set_xlabel("optimizer steps at which the model was looked at; dark: whole, white: nothing left", fontsize=8)
     return figure
 
@@ -205,7 +205,7 @@ def bits_picture(maps: ModelMaps) -> Figure:
     _colour_reader()
     figure = _figure(WIDTH, 1.4 + 0.16 * len(maps.matrices), layout="constrained")
     axes = figure.subplots()
-    names = [m.name for m in maps.matrices]
+    names = [_text(m.name) for m in maps.matrices]
     axes.barh(range(len(names)), [m.bits for m in maps.matrices], color=COLOURS[ALIVE])
     for number, matrix in enumerate(maps.matrices):
         axes.text(matrix.bits, number, f" {matrix.bits:g}", va="center", fontsize=6)
@@ -242,7 +242,7 @@ def metrics_picture(metrics: Curves, removals: Sequence[int] = ()) -> Figure | N
         axes.plot([step for step, _ in points], [value for _, value in points], marker=".", color=COLOURS[ALIVE])
         for step in removals:
             axes.axvline(step, color="black", linestyle="--", linewidth=1)
-        axes.set_title(name, fontsize=9)
+        axes.set_title(_text(name), fontsize=9)
         axes.set_xlabel("optimizer steps (dashed: a removal)" if removals else "optimizer steps", fontsize=8)
     return figure
 
@@ -346,6 +346,11 @@ def _fitted(matrix: MatrixMap, side: float) -> tuple[float, float]:
     return (side, side / ratio) if ratio >= 1 else (side * ratio, side)
 
 
+def _text(name: str) -> str:
+    """A name as it is written: no mathematics between dollars, and not hidden for its underscore."""
+    return name.replace("$", r"\$") if not name.startswith("_") else " " + name.replace("$", r"\$")
+
+
 def _last(name: str) -> str:
     """The end of a name, where there is no room for all of it."""
     return name.removesuffix(".weight")[-14:]
@@ -401,7 +406,7 @@ def _curves(
             [y for _, y in points],
             styles[number // 10 % len(styles)],
             marker=".",
-            label=name if number < NAMES else None,
+            label=_text(name) if number < NAMES else None,
         )
     for step in lines:
         axes.axvline(step, color="black", linestyle="--", linewidth=1)
