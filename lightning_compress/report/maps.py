@@ -74,7 +74,7 @@ class ModelMaps:
         values = {
             "sparsity_maps/sparsity": self.sparsity,
             "sparsity_maps/removed": self.removed,
-            "sparsity_maps/bits": self.mean_bits,
+            "sparsity_maps/mean_bits": self.mean_bits,
         }
         kinds: dict[str, list[int]] = {}
         for units in self.structures:

@@ -135,7 +135,7 @@ def test_every_number_of_the_report_is_there_in_full(text: str) -> None:
     found = {float(data["value"] or "") for data in Page(text).all("data")}
     missing = [number for number in numbers(whole().to_dict()) if number not in found]
     assert missing == []
-    assert len(found) > 60
+    assert len(found) > 40
 
 
 def test_texts_names_and_sections(text: str) -> None:
@@ -204,9 +204,9 @@ def test_a_browser_shows_it(width: int, text: str, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text(text, encoding="utf-8")
     shot = tmp_path / "shot.png"
     command = [
-        str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--force-device-scale-factor=1",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1600", f"--screenshot={shot}",
-        (tmp_path / "report.html").as_uri(),
+        str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+        "--force-device-scale-factor=1", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1600",
+        f"--screenshot={shot}", (tmp_path / "report.html").as_uri(),
     ]  # fmt: skip
     subprocess.run(command, check=True, timeout=120, capture_output=True)
     assert struct.unpack(">II", shot.read_bytes()[16:24])[0] >= min(width, 500)  # some browsers are not narrower
