@@ -126,7 +126,8 @@ def norm_picture(maps: ModelMaps, kinds: Sequence[str] = ("ffn", "channel")) -> 
             axes.bar(
                 [left], [0.95 * count / units.units], upper / BINS, bottom=base, align="edge", color=COLOURS[state]
             )
-    axes.set_yticks(range(len(shown)), [f"{_text(u.name)}\n{u.alive} of {u.units}" for u in reversed(shown)], fontsize=7)
+    names = [f"{_text(u.name)}\n{u.alive} of {u.units}" for u in reversed(shown)]
+    axes.set_yticks(range(len(shown)), names, fontsize=7)
     axes.set_ylim(-0.05, len(shown))
     axes.set_xlim(0, upper * 1.14)
     numbers = [x for x in axes.get_xticks() if x <= upper]
