@@ -31,6 +31,7 @@ LAYERS = (  # from low to high: a module imports from its own layer and from tho
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 EXTRAS = {
     "datasets",
+    "jinja2",
     "jsonargparse",
     "matplotlib",
     "onnx",
@@ -40,6 +41,7 @@ EXTRAS = {
     "openvino",
     "rich",
     "sklearn",
+    "tensorboard",
     "tokenizers",
     "transformers",
     "wandb",

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_compress.regularizers import (
     REGULARIZERS,
     TPRUNE_STRATEGIES,
+    block_borders,
     block_group_lasso,
     block_group_lasso_prox_,
     block_line_norms,
@@ -510,6 +511,18 @@ def test_the_grid_and_the_shape_of_the_same_blocks_agree() -> None:
     by_shape, by_grid = block_line_norms(weight, block_shape=(4, 3)), block_line_norms(weight, block_grid=(2, 4))
     assert [tuple(norms.shape) for norms in by_shape] == [(8, 4), (2, 12)]
     torch.testing.assert_close(by_shape, by_grid)
+
+
+def test_borders_of_blocks() -> None:
+    weight = torch.zeros(7, 5)
+    assert block_borders(weight, block_shape=(3, 2)) == ((0, 3, 6, 7), (0, 2, 4, 5))
+    assert block_borders(weight, block_grid=(3, 2)) == ((0, 3, 5, 7), (0, 3, 5))  # larger ones first, by one at most
+    assert block_borders(weight) == ((0, 7), (0, 5))
+    assert block_borders(torch.zeros(0, 5)) == ((0,), (0, 5))
+    for row, (begin, end) in enumerate(itertools.pairwise(block_borders(weight, block_grid=(3, 2))[0])):
+        weight[begin:end] = row + 1.0
+    _, columns = block_line_norms(weight, block_grid=(3, 2))  # what the borders say is what the norms are of
+    assert (columns[:, 0] ** 2).tolist() == pytest.approx([3, 8, 18])
 
 
 def test_block_group_lasso_gradcheck() -> None:

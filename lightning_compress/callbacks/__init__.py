@@ -6,6 +6,7 @@ from lightning_compress.callbacks.loading import load_from_checkpoint
 from lightning_compress.callbacks.one_line import compress
 from lightning_compress.callbacks.post_training_compression import PostTrainingCompression
 from lightning_compress.callbacks.quantization_aware_training import QuantizationAwareTraining
+from lightning_compress.callbacks.sparsity_maps import SparsityMaps
 from lightning_compress.callbacks.structured_sparsity import StructuredSparsity
 from lightning_compress.callbacks.token_pruning import TokenPruning
 
@@ -14,6 +15,7 @@ __all__ = [
     "FinalizeCompression",
     "PostTrainingCompression",
     "QuantizationAwareTraining",
+    "SparsityMaps",
     "StructuredSparsity",
     "TokenPruning",
     "compress",

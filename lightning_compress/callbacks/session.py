@@ -179,6 +179,11 @@ class CompressionSession:
                 module.register_forward_pre_hook(self._recorder(pl_module, name), prepend=True, with_kwargs=True)
             )
 
+    @property
+    def watching(self) -> bool:
+        """Whether the first call is still looked out for."""
+        return bool(self._hooks)
+
     def candidates(self, pl_module: pl.LightningModule) -> dict[str, nn.Module]:
         """Modules that may be the traced one: the one named or found, else the LightningModule and its children."""
         if self.traced is not None:

@@ -10,7 +10,12 @@ unit, axis 1 is one group per input unit. Papers that write ``y = x W`` call the
 `tprune_strategy`.
 """
 
-from lightning_compress.regularizers.blocks import block_group_lasso, block_group_lasso_prox_, block_line_norms
+from lightning_compress.regularizers.blocks import (
+    block_borders,
+    block_group_lasso,
+    block_group_lasso_prox_,
+    block_line_norms,
+)
 from lightning_compress.regularizers.hoyer import hoyer_square, hoyer_square_factors
 from lightning_compress.regularizers.lasso import (
     group_lasso,
@@ -27,6 +32,7 @@ __all__ = [
     "TPRUNE_STRATEGIES",
     "RegularizedAxis",
     "Regularizer",
+    "block_borders",
     "block_group_lasso",
     "block_group_lasso_prox_",
     "block_line_norms",

@@ -82,6 +82,30 @@ def block_line_norms(
     return torch.cat(rows, dim=1), torch.cat(columns, dim=0)
 
 
+def block_borders(
+    weight: Tensor, block_shape: tuple[int, int] | None = None, block_grid: tuple[int, int] | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where the blocks of a matrix begin and end.
+
+    Args:
+        weight: matrix of shape ``(out_features, in_features)``.
+        block_shape: ``(out, in)`` size of a block.
+        block_grid: ``(out, in)`` number of blocks; at most one of the two. Neither: the whole matrix is one block.
+
+    Returns:
+        Along out and along in the positions of the borders, increasing, from 0 to the size: one more than blocks.
+
+    Raises:
+        TypeError, ValueError: as `block_group_lasso`.
+
+    >>> import torch
+    >>> block_borders(torch.zeros(4, 6), block_shape=(2, 4))
+    ((0, 2, 4), (0, 4, 6))
+    """
+    out_parts, in_parts = _block_parts(weight, block_shape, block_grid)
+    return _borders(out_parts), _borders(in_parts)
+
+
 @torch.no_grad()
 def block_group_lasso_prox_(
     weight: Tensor,
@@ -175,6 +199,10 @@ def _split_by(length: int, size: int) -> list[_Part]:
 def _split_into(length: int, count: int) -> list[_Part]:
     size, larger = divmod(length, count)
     return _without_empty(_Part(0, larger, size + 1), _Part(larger * (size + 1), count - larger, size))
+
+
+def _borders(parts: list[_Part]) -> tuple[int, ...]:
+    return (0, *(part.start + part.size * (number + 1) for part in parts for number in range(part.blocks)))
 
 
 def _without_empty(*parts: _Part) -> list[_Part]:
