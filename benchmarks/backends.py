@@ -25,7 +25,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -44,6 +43,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import BertConfig, BertModel  # noqa: E402
 
+from benchmarks import side_by_side  # noqa: E402
 from lightning_compress import (  # noqa: E402
     PruningPlan,
     apply_plan,
@@ -225,13 +225,6 @@ def measure(options: argparse.Namespace, models: dict[str, nn.Module], folder: P
     }
 
 
-def machine() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} CPU cores, {names[0] if names else platform.machine()}"
-
-
 def command_line() -> str:
     """The command, without the places of its results."""
     arguments = sys.argv[1:]
@@ -327,7 +320,7 @@ def run(options: argparse.Namespace, known: dict[str, Any], missing: dict[str, t
         known |= {
             "seed": options.seed,
             "threads": options.threads,
-            "machine": machine(),
+            "machine": side_by_side.machine(),
             "versions": {
                 name: version(name)
                 for name in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino")

@@ -12,7 +12,6 @@ it was saved with its integers and loaded again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -299,19 +298,8 @@ def table() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--variant", choices=tuple(VARIANTS), help="one run")
-    what.add_argument("--all", action="store_true", help="every run that has no result")
-    what.add_argument("--latency", action="store_true", help="measure latency")
-    what.add_argument("--table", action="store_true", help="write and print the table")
+    parser, _ = side_by_side.parser(__doc__, "--variant", tuple(VARIANTS))
     parser.add_argument("--dataset", choices=tuple(tokens.DATASETS), default="sst2")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
-    parser.add_argument("--threads", type=int, default=2, help="of --latency")
-    parser.add_argument(
-        "--data", default=os.environ.get("LIGHTNING_COMPRESS_DATA", str(ROOT.parent / "shared" / "data"))
-    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.all:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -42,6 +43,29 @@ def run_all(script: str, stages: Iterable[Iterable[Run]], jobs: int, data: str, 
     for runs in stages:
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(start, [run for run in runs if not run.result.is_file()]))
+
+
+def parser(text: str | None, one: str, names: Sequence[str], threads: int = 2) -> tuple[argparse.ArgumentParser, Any]:
+    """The command line that such benchmarks share, and its group of things to do.
+
+    Args:
+        text: of the module.
+        one: option that names a single run.
+        names: what it may be.
+        threads: of ``--latency``.
+    """
+    found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = found.add_mutually_exclusive_group(required=True)
+    what.add_argument(one, choices=tuple(names), metavar="NAME", help=f"one run, of {', '.join(names)}")
+    what.add_argument("--all", action="store_true", help="every run that has no result")
+    what.add_argument("--latency", action="store_true", help="measure latency")
+    what.add_argument("--table", action="store_true", help="write and print the table")
+    found.add_argument("--seed", type=int, default=0)
+    found.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    found.add_argument("--threads", type=int, default=threads, help="of --latency")
+    folder = os.environ.get("LIGHTNING_COMPRESS_DATA", str(Path(__file__).resolve().parents[2] / "shared" / "data"))
+    found.add_argument("--data", default=folder)
+    return found, what
 
 
 def machine() -> str:

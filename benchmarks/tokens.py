@@ -25,7 +25,6 @@ each layer, over the same with all real tokens; padding counts nowhere.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import os
@@ -681,24 +680,13 @@ def throughput_table() -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--method", choices=("dense", *METHODS), help="one run")
-    what.add_argument("--all", action="store_true", help="every run that has no result")
+    parser, what = side_by_side.parser(__doc__, "--method", ("dense", *METHODS))
     what.add_argument("--long", action="store_true", help=f"the same for some runs of {LONG} epochs")
-    what.add_argument("--latency", action="store_true", help="measure throughput")
-    what.add_argument("--table", action="store_true", help="write and print the table")
     what.add_argument("--picture", action="store_true", help="draw accuracy over MACs; needs matplotlib")
     parser.add_argument("--dataset", choices=tuple(DATASETS), default="sst2")
     parser.add_argument("--macs", type=float, choices=MACS, help="target: kept fraction of the MACs of the layers")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=1, help="of the compressed run")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
-    parser.add_argument("--threads", type=int, default=2, help="of --latency")
     parser.add_argument("--cpu-time", action="store_true", help="--latency counts what the process takes itself")
-    parser.add_argument(
-        "--data", default=os.environ.get("LIGHTNING_COMPRESS_DATA", str(ROOT.parent / "shared" / "data"))
-    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.all or arguments.long:

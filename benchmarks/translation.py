@@ -33,7 +33,6 @@ what the others have to be compared with, since a falling learning rate alone ra
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -732,22 +731,10 @@ def table(size: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--variant", choices=tuple(VARIANTS), metavar="NAME", help="one run, of the names below")
-    what.add_argument("--all", action="store_true", help="every run that has no result")
+    parser, what = side_by_side.parser(__doc__, "--variant", tuple(VARIANTS), threads=1)
     what.add_argument("--estimate", action="store_true", help="what is missing, and about how long it takes")
-    what.add_argument("--latency", action="store_true", help="measure all finished models")
-    what.add_argument("--table", action="store_true", help="write and print the tables")
-    parser.epilog = "runs: " + ", ".join(VARIANTS)
     parser.add_argument("--study", choices=STUDIES[1:], action="append", help="only this one; more than once for more")
     parser.add_argument("--size", choices=tuple(SCHEDULES), default="small")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
-    parser.add_argument("--threads", type=int, default=1, help="of --latency")
-    parser.add_argument(
-        "--data", default=os.environ.get("LIGHTNING_COMPRESS_DATA", str(ROOT.parent / "shared" / "data"))
-    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     studies = tuple(arguments.study or STUDIES)
