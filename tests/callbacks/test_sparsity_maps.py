@@ -16,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import (
     FinalizeCompression,
@@ -254,14 +255,21 @@ def test_it_draws_less_often_where_that_takes_too_long(
     assert maps.overhead == pytest.approx(50 / 220)
 
 
+def _tensors() -> tuple[Tensor, ...]:
+    data = loader(sequences=True).dataset
+    assert isinstance(data, TensorDataset)
+    return data.tensors
+
+
 def distributed(folder: Path, beside: bool) -> tuple[list[int], list[str], float]:
     """Two epochs in this process: what it has seen, and its weights."""
     sparsity_maps.draw_maps = lambda maps: {}  # type: ignore[assignment]
     maps = SparsityMaps(every=3, max_overhead=1e9, html=False, folder=folder)
     others = [StructuredSparsity(), FinalizeCompression(macs=0.4, at=0.6, report=False)] if beside else []
     own = module()
-    data = loader(sequences=True)
-    trainer(maps, *others, max_epochs=2, **parallel(seconds=240)).fit(own, data, data)
+    # in float64, as the other tests in several processes
+    data = DataLoader(TensorDataset(*(t.double() if t.is_floating_point() else t for t in _tensors())), 8)
+    trainer(maps, *others, max_epochs=2, **parallel(seconds=240)).fit(own.double(), data)
     names = [name for name, _ in moments(maps)]
     return maps.history.steps, names, sum(float(p.double().sum()) for p in own.parameters())
 
