@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_compress import (
     FinalizeCompression,
@@ -253,13 +255,21 @@ def test_it_draws_less_often_where_that_takes_too_long(
     assert maps.overhead == pytest.approx(50 / 220)
 
 
+def _tensors() -> tuple[Tensor, ...]:
+    data = loader(sequences=True).dataset
+    assert isinstance(data, TensorDataset)
+    return data.tensors
+
+
 def distributed(folder: Path, beside: bool) -> tuple[list[int], list[str], float]:
     """Two epochs in this process: what it has seen, and its weights."""
     sparsity_maps.draw_maps = lambda maps: {}  # type: ignore[assignment]
     maps = SparsityMaps(every=3, max_overhead=1e9, html=False, folder=folder)
     others = [StructuredSparsity(), FinalizeCompression(macs=0.4, at=0.6, report=False)] if beside else []
     own = module()
-    run(own, maps, *others, max_epochs=2, **parallel(seconds=240))
+    # in float64, as the other tests in several processes
+    data = DataLoader(TensorDataset(*(t.double() if t.is_floating_point() else t for t in _tensors())), 8)
+    trainer(maps, *others, max_epochs=2, **parallel(seconds=240)).fit(own.double(), data)
     names = [name for name, _ in moments(maps)]
     return maps.history.steps, names, sum(float(p.double().sum()) for p in own.parameters())
 
@@ -285,6 +295,8 @@ def wandb_records(path: Path) -> Iterator[Any]:
             place += block - place % block
             continue
         length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+        if place + 7 + length > len(data):
+            return  # it is being written
         parts += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last piece
@@ -318,7 +330,10 @@ def test_an_offline_run_of_weights_and_biases_read_back(tmp_path: Path) -> None:
     folder = Path(logger.experiment.dir)
     wandb.finish()
     (file,) = folder.parent.glob("*.wandb")
-    records = list(wandb_records(file))
+    records, deadline = list(wandb_records(file)), time.monotonic() + 60
+    while not any(r.WhichOneof("record_type") == "exit" for r in records) and time.monotonic() < deadline:
+        time.sleep(0.2)  # another process writes the file
+        records = list(wandb_records(file))
     history = [items(r.history.item) for r in records if r.WhichOneof("record_type") == "history"]
     shown = [h for h in history if "sparsity_maps/blocks" in h]
     assert [h["trainer/global_step"] for h in shown] == maps.history.steps == [0, 24, 24, 30, 40]
