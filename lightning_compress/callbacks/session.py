@@ -28,6 +28,7 @@ from lightning_compress.callbacks.example import ExampleCall, smallest_example, 
 from lightning_compress.callbacks.optimizer_steps import OptimizerSteps
 from lightning_compress.callbacks.plain_copy import plain_copy, reshard
 from lightning_compress.callbacks.processes import Processes, check_silent
+from lightning_compress.callbacks.strategies import unwrapped
 from lightning_compress.plan import PruningPlan
 from lightning_compress.report import TokenSummary
 from lightning_compress.structures import KINDS, Structures, check_kinds
@@ -272,7 +273,8 @@ class CompressionSession:
             return True  # found already, or known from a checkpoint
         traced, example = self.traced, self.example
         assert traced is not None and example is not None
-        with plainly(pl_module), eager(traced):
+        # the proof holds weights in float64 for a while, after which a reducer no longer hears of their gradients
+        with plainly(pl_module), eager(traced), unwrapped(trainer, pl_module):
             self.structures = self.dense = self.processes.first(
                 "discover structures",
                 lambda: self._discovered(traced, example, pl_module),
