@@ -2,6 +2,7 @@
 
     python benchmarks/quantization.py --variant int8 --dataset sst2 --seed 0   # one run; skipped if its result is there
     python benchmarks/quantization.py --all --jobs 2                           # everything that is missing
+    python benchmarks/quantization.py --long --jobs 2                          # two bits and fewer for three epochs
     python benchmarks/quantization.py --latency                                # all backends; wants an idle machine
     python benchmarks/quantization.py --table                                  # results/quantization/table.md
 
@@ -20,6 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -77,6 +79,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # in the order in which they are run
         for bits in (4, 2, 1)
     },
 }
+HARDEST = ("lsq2", "stochastic2-products", "binary", "stochastic1-products")
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,21 @@ class Run:
     dataset: str
     variant: str
     seed: int
+    epochs: int = 1
+
+    @property
+    def label(self) -> str:
+        """The variant, and how long it is trained."""
+        return self.variant if self.epochs == 1 else f"{self.variant}-{self.epochs}epochs"
 
     @property
     def name(self) -> str:
-        return f"{self.dataset}-{self.variant}-seed{self.seed}"
+        return f"{self.dataset}-{self.label}-seed{self.seed}"
 
     @property
     def arguments(self) -> list[str]:
-        return ["--dataset", self.dataset, "--variant", self.variant, "--seed", str(self.seed)]
+        length = [] if self.epochs == 1 else ["--epochs", str(self.epochs)]
+        return ["--dataset", self.dataset, "--variant", self.variant, *length, "--seed", str(self.seed)]
 
     @property
     def result(self) -> Path:
@@ -108,6 +118,12 @@ def all_runs() -> list[Run]:
     parts = [variant for variant in VARIANTS if variant not in whole]
     datasets = sorted(tokens.DATASETS, reverse=True)  # the one with the shorter sentences first
     return [Run(d, v, seed) for some in (whole, parts) for d in datasets for v in some for seed in tokens.SEEDS]
+
+
+def long_runs() -> list[Run]:
+    """What more training is worth where most is lost."""
+    datasets = sorted(tokens.DATASETS, reverse=True)
+    return [Run(d, v, seed, tokens.LONG) for v in HARDEST for d in datasets for seed in tokens.SEEDS]
 
 
 def prepare(model: nn.Module, weights: Any, activations: str | None = None, modules: Any = None) -> None:
@@ -145,7 +161,7 @@ def train(run: Run, folder: str) -> dict[str, Any]:
         module.teacher = [tokens.Teacher(run.dense, data)]
         module.model.encoder.embeddings.requires_grad_("embedding" in (settings.get("modules") or ()))
         callback = QuantizationAwareTraining(module="model", **settings)
-        steps = {"max_epochs": -1, "max_steps": tokens.STEPS[run.dataset]}
+        steps = {"max_epochs": -1, "max_steps": run.epochs * tokens.STEPS[run.dataset]}
         seconds = tokens.fit(module, data, [callback], "bf16-mixed", **steps)
     dense = sum(p.numel() * p.element_size() for p in module.model.parameters())
     small, size = stored(module.model, "native" if settings.get("activations") == "int8" else "unpacked")
@@ -267,8 +283,8 @@ def table() -> None:
             "| variant | dev + test, per seed | mean | to dense | megabytes | times less |",
             "|---|---|---|---|---|---|",
         ]
-        for variant in VARIANTS:
-            runs = [run for seed in tokens.SEEDS if (run := Run(dataset, variant, seed)).result.is_file()]
+        for variant, epochs in product(VARIANTS, (1, tokens.LONG)):
+            runs = [run for seed in tokens.SEEDS if (run := Run(dataset, variant, seed, epochs)).result.is_file()]
             if not runs:
                 continue
             found = [json.loads(run.result.read_text()) for run in runs]
@@ -277,7 +293,9 @@ def table() -> None:
             size = mean(record["bytes"] for record in found)
             less = found[0]["bytes_of_dense_parameters"] / size
             seeds = " / ".join(f"{value:.2f}" for value in values)
-            lines.append(f"| {variant} | {seeds} | {mean(values):.2f} | {loss:+.2f} | {size / 1e6:.1f} | {less:.2f} |")
+            lines.append(
+                f"| {runs[0].label} | {seeds} | {mean(values):.2f} | {loss:+.2f} | {size / 1e6:.1f} | {less:.2f} |"
+            )
         lines.append("")
     path = RESULTS / "latency.json"
     if path.is_file():
@@ -298,19 +316,23 @@ def table() -> None:
 
 
 def main() -> None:
-    parser, _ = side_by_side.parser(__doc__, "--variant", tuple(VARIANTS))
+    parser, what = side_by_side.parser(__doc__, "--variant", tuple(VARIANTS))
+    what.add_argument("--long", action="store_true", help=f"the same for some runs of {tokens.LONG} epochs")
+    parser.add_argument("--epochs", type=int, default=1, help="of the run")
     parser.add_argument("--dataset", choices=tuple(tokens.DATASETS), default="sst2")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.all:
-        side_by_side.run_all(__file__, (all_runs(),), arguments.jobs, arguments.data, RUNS)
+    if arguments.all or arguments.long:
+        runs = long_runs() if arguments.long else all_runs()
+        side_by_side.run_all(__file__, (runs,), arguments.jobs, arguments.data, RUNS)
     elif arguments.latency:
         latency(arguments.threads)
     elif arguments.table:
         table()
     else:
-        run = Run(arguments.dataset, arguments.variant, arguments.seed)
-        settings = {"dataset": run.dataset, "variant": run.variant, "seed": run.seed, "precision": PRECISION}
+        run = Run(arguments.dataset, arguments.variant, arguments.seed, arguments.epochs)
+        settings = {"dataset": run.dataset, "variant": run.variant, "seed": run.seed}
+        settings |= {"epochs": run.epochs, "precision": PRECISION}
         RUNS.mkdir(parents=True, exist_ok=True)
         side_by_side.finish("quantization.py", run, settings, lambda: train(run, arguments.data))
 
