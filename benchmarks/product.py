@@ -177,7 +177,7 @@ def stages(run: Run) -> dict[str, nn.Module]:
     }
 
 
-def latency(folder: str, threads: int, seconds: float = 40.0) -> None:
+def latency(folder: str, threads: int, seconds: float = 12.0) -> None:
     """Time of all stages of finished runs in every cell, interleaved."""
     torch.set_num_threads(threads)
     data = {name: tokens.text_data(name, folder, 0, 32) for name in tokens.DATASETS}

@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE" if "--latency" in sys.argv else "PASSIVE")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads of PyTorch that wait busily take the cores of runtimes
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -203,29 +203,30 @@ def ways(folder: Path) -> Iterator[tuple[str, nn.Module, int]]:
     Weights and ranges are those before training; time does not depend on them.
     """
 
-    def made(weights: str | None, activations: Any, backend: str) -> nn.Module:
-        model = sst2.new_module().model.eval()
+    def made(weights: str | None, activations: Any) -> nn.Module:
+        model: nn.Module = sst2.new_module().model.eval()
         if weights is not None:
             prepare(model, weights, activations)
             if isinstance(activations, ObservedRange):
                 with torch.no_grad():
                     model.train()(*sst2.example())
-            convert(model.eval(), backend)
-        return model
+        return model.eval()
 
-    dense = made(None, None, "")
+    dense = made(None, None)
     save_model(dense, str(folder / "dense.safetensors"))
     yield "fp32, eager", dense, (folder / "dense.safetensors").stat().st_size
     for bits in ("int8", "int4", "int2", "binary"):
         for backend in ("native", "packed", "unpacked"):
             if bits != "binary" or backend != "native":
-                yield f"{bits}, {backend}", *stored(made(bits, "int8" if backend == "native" else None, backend))
+                yield f"{bits}, {backend}", *stored(made(bits, "int8" if backend == "native" else None), backend)
     for weights, activations, words in (
         (None, None, "fp32"),
         ("int8", "int8", "int8, ranges of the call"),
         ("int8", ObservedRange(), "int8, observed ranges"),
     ):
-        model = made(weights, activations, "unpacked")
+        model = made(weights, activations)
+        if weights is not None:
+            convert(model, "unpacked")
         for runtime, suffix, precisions in (("onnx", ".onnx", ("f32",)), ("openvino", ".xml", ("f32", "bf16"))):
             path = folder / f"{words}{suffix}"
             size = export_model(model, path, runtime, (sst2.example(), {}), tolerance=math.inf).bytes  # type: ignore[arg-type]
@@ -235,7 +236,7 @@ def ways(folder: Path) -> Iterator[tuple[str, nn.Module, int]]:
                 yield f"{words}, {title}{rest}", Session(path, precision), size
 
 
-def latency(threads: int, repeats: int = 31, seconds: float = 60.0) -> None:
+def latency(threads: int, repeats: int = 31, seconds: float = 40.0) -> None:
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         found = list(ways(Path(folder)))
