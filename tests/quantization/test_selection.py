@@ -133,5 +133,5 @@ def test_what_fits_nothing_is_refused_with_what_there_is() -> None:
         select_weights(kinds, None, "ffn")
     with pytest.raises(QuantizationError, match=r"the model has none of the kinds"):
         select_weights({"table": "embedding"}, "int8", None)
-    with pytest.raises(ValueError, match=r"but got 'int16'"):
-        select_weights(kinds, "int16", "ffn")
+    with pytest.raises(ValueError, match=r"but got 'int12'"):
+        select_weights(kinds, "int12", "ffn")

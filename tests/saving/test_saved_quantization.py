@@ -252,7 +252,14 @@ def given(data: Any, number: int) -> Any:
             lambda d: weight(d)["quantizer"].update(kind="x"),
             r"weights\[0\].quantizer.kind to be one of \('uniform', ",
         ),
-        (lambda d: weight(d)["quantizer"].update(bits=9), r"weights\[0\].quantizer.bits to be an integer from 1 to 8"),
+        (
+            lambda d: weight(d)["quantizer"].update(bits=9),
+            r"weights\[0\].quantizer: Expected bits .* from 2 to 8, or 16",
+        ),
+        (
+            lambda d: weight(d)["quantizer"].update(bits=17),
+            r"weights\[0\].quantizer.bits to be an integer from 1 to 16",
+        ),
         (
             lambda d: weight(d)["quantizer"].update(bits=1),
             r"in quantization.weights\[0\].quantizer: Expected bits",
