@@ -59,7 +59,7 @@ class PrecisionSearch:
         sensitivities: by names of weights and precision, by how much the loss grows with this weight alone.
         reported: what ``report`` returned for the same three; empty without one.
         evaluations: how often the loss was computed.
-        activations: quantizer of the inputs of weights with eight bits; None for none.
+        activations: quantizer of the inputs of weights with eight bits or fewer; None for none.
     """
 
     chosen: Mapping[str, str]
@@ -92,8 +92,8 @@ class PrecisionSearch:
         kinds = weight_kinds(model, args, kwargs)
         attach_quantizers(model, weights)
         if self.activations is not None:
-            eight = [name for name, quantizer in weights.items() if _multiplies(quantizer)]
-            attach_input_quantizers(model, select_inputs(model, kinds, eight, self.activations))
+            few = [name for name, quantizer in weights.items() if _multiplies(quantizer)]
+            attach_input_quantizers(model, select_inputs(model, kinds, few, self.activations))
 
     def __str__(self) -> str:
         """A small table."""
@@ -142,7 +142,7 @@ def search_precision(
         example: (args, kwargs) of a call.
         tolerance: by how much the loss may grow, at least 0.
         precisions: what weights may have, such as ("int16", "int8", "int4"); float32 is always allowed.
-        activations: quantizer of the inputs of weights with eight bits; None for none.
+        activations: quantizer of the inputs of weights with eight bits or fewer; None for none.
         modules: which weights, see ``select_weights``. Default: everything that is multiplied with activations.
         objective: "bytes" as stored, or "milliseconds": medians of every layer alone, on what the example brings to it.
         thorough: in the forward search compute the sensitivities of all moves anew after each move: the square of the
