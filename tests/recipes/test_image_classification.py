@@ -187,7 +187,8 @@ def test_a_folder_of_photographs_is_compressed(
     photographs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "results.json"
-    comparison = run(f"--data={photographs}", "--color", "--epochs=6", "--batch_size=8", f"--results={file}")
+    options = ("--color", "--epochs=6", "--batch_size=8", f"--results={file}", f"--maps={tmp_path / 'maps'}")
+    comparison = run(f"--data={photographs}", *options)
     assert set(comparison["kept"]) == {
         "at most 1.0 points of accuracy lost",
         "at least 2.5 times fewer MACs",
@@ -207,6 +208,9 @@ def test_a_folder_of_photographs_is_compressed(
     for title in ("test accuracy, %", "MACs of an image", "ms for a batch of 64", "error of the removal"):
         assert title in printed
     assert "MISSED  at least 2.5 times fewer MACs" in printed
+    page = (tmp_path / "maps" / "report.html").read_text()
+    assert str(tmp_path / "maps" / "report.html") in printed
+    assert "Logged metrics over training" in page and "model.blocks.0.attention.qkv.weight" in page
     assert json.loads(file.read_text()) == json.loads(json.dumps(comparison))
 
 
