@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -25,6 +26,7 @@ from lightning_compress.tokens.tap import MULTI_HEAD
 LINEAR = F.linear
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, F.conv1d: 1, F.conv2d: 2}
 MATMUL = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
+ADDITION = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,12 @@ class ProductTap(TorchFunctionMode):
         names: id of a weight -> its name.
         before: (product, input) -> the input to use instead.
         after: (product, input, output), after the product.
+        joined: (product, output, other), before the output of the latest product, or a view of it, is added to another
+            activation, which comes in the layout of the output: the residual stream, mostly. Not if anything else
+            was computed from the output before.
+
+    Attributes:
+        again: computes the latest product once more.
     """
 
     def __init__(
@@ -82,17 +90,24 @@ class ProductTap(TorchFunctionMode):
         names: Mapping[int, str],
         before: Callable[[Product, Tensor], Tensor] | None = None,
         after: Callable[[Product, Tensor, Tensor], None] | None = None,
+        joined: Callable[[Product, Tensor, Tensor], None] | None = None,
     ) -> None:
         super().__init__()
-        self.names, self.before, self.after = names, before, after
+        self.names, self.before, self.after, self.joined = names, before, after, joined
+        self.again: Callable[[], Tensor] = _nothing
+        self._latest: tuple[Product, Tensor, Tensor, int] | None = None  # product, output, input and its version
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is MULTI_HEAD:
-            return self._inside(args, kwargs)
-        found = self._product(func, args, kwargs)
+        found = None if func is MULTI_HEAD else self._product(func, args, kwargs)
         if found is None:
-            return func(*args, **kwargs)
+            before = self._latest
+            if before is not None and func in ADDITION and kwargs.get("alpha", 1) == 1:
+                self._added(args)
+            result = self._inside(args, kwargs) if func is MULTI_HEAD else func(*args, **kwargs)
+            if before is not None and self._latest is before and _reads(before[1], (*args, *kwargs.values()), result):
+                self._latest = None
+            return result
         product, place = found
         if self.before is not None:
             changed = self.before(product, args[place] if isinstance(place, int) else kwargs[place])
@@ -100,10 +115,27 @@ class ProductTap(TorchFunctionMode):
                 args = (*args[:place], changed, *args[place + 1 :])
             else:
                 kwargs = {**kwargs, place: changed}
-        output = func(*args, **kwargs)
+        output: Tensor = func(*args, **kwargs)
+        self.again = partial(func, *args, **kwargs)
+        inputs = args[place] if isinstance(place, int) else kwargs[place]
         if self.after is not None:
-            self.after(product, args[place] if isinstance(place, int) else kwargs[place], output)
+            self.after(product, inputs, output)
+        if self.joined is not None:
+            self._latest = product, output, inputs, inputs._version
         return output
+
+    def _added(self, terms: tuple[Any, ...]) -> None:
+        """Tell of a sum of the latest output and something of its size."""
+        assert self._latest is not None and self.joined is not None
+        product, output, inputs, version = self._latest
+        if len(terms) != 2 or not all(isinstance(t, Tensor) and t.shape == terms[0].shape for t in terms):
+            return
+        for mine, other in (terms, terms[::-1]):
+            if mine.numel() == output.numel() and _storage(mine) == _storage(output) != _storage(other):
+                self._latest = None
+                if inputs._version == version:  # else what was multiplied is no longer there
+                    self.joined(product, output, _laid_out(other, mine, output))
+                return
 
     def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Product, int | str] | None:
         def known(place: int, name: str) -> str | None:
@@ -154,6 +186,30 @@ class ProductTap(TorchFunctionMode):
         function = FunctionType(MULTI_HEAD.__code__, names, MULTI_HEAD.__name__, MULTI_HEAD.__defaults__)
         function.__kwdefaults__ = MULTI_HEAD.__kwdefaults__
         return function(*args, **kwargs)
+
+
+def _nothing() -> Tensor:
+    raise RuntimeError("Expected a product before it is computed again, but there was none.")
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _reads(output: Tensor, given: Iterable[Any], result: Any) -> bool:
+    """Whether something new was computed from ``output``; views, and what is no tensor, are not."""
+    made = [r for r in (result if isinstance(result, tuple | list) else (result,)) if isinstance(r, Tensor)]
+    memory = _storage(output)
+    return any(_storage(r) != memory for r in made) and any(
+        isinstance(g, Tensor) and _storage(g) == memory for g in given
+    )
+
+
+def _laid_out(other: Tensor, mine: Tensor, output: Tensor) -> Tensor:
+    """``other``, whose elements belong to those of ``mine``, a view of all of ``output``, as they belong to it."""
+    memory = output.new_empty(output.untyped_storage().nbytes() // output.element_size())
+    memory.as_strided(mine.shape, mine.stride(), mine.storage_offset()).copy_(other)
+    return memory.as_strided(output.shape, output.stride(), output.storage_offset())
 
 
 def _one(value: Any) -> Any:
