@@ -22,7 +22,7 @@ from lightning_compress.callbacks.processes import Processes
 from lightning_compress.callbacks.removal import make_report, remove_units
 from lightning_compress.callbacks.session import CompressionSession
 from lightning_compress.plan import PruningPlan
-from lightning_compress.post_training.calibration import Calibration, check, real_tokens
+from lightning_compress.post_training.calibration import Calibration, check, parted, real_tokens
 from lightning_compress.post_training.compress import Clock, PostTrainingResult, Settings, prepare
 from lightning_compress.post_training.criteria import Criterion
 from lightning_compress.post_training.progress import Progress, quiet
@@ -48,9 +48,9 @@ class PostTrainingCompression(Callback):
         params: of its parameters; or
         units: of the number of units; or
         latency: of the measured latency of the first batch on this device. Exactly one of the four.
-        importance: "fisher", "taylor", "norm", "low_rank", "low_rank_fisher", "obs" or "obs_loss"; see
-            `CalibratedImportance`. "norm", "low_rank" and "obs" need no labels.
-        rearrange: with "fisher": rank units by what they cost together, by the full Fisher information of each
+        importance: "outputs", "fisher", "taylor", "norm", "low_rank", "low_rank_fisher", "obs" or "obs_loss"; see
+            `CalibratedImportance`. "outputs", "norm", "low_rank" and "obs" need no labels.
+        rearrange: with "outputs" and "fisher": rank units by what they cost together, by the full matrix of each
             structure, and choose again inside each. False ranks by the diagonal.
         repair: "weights" for least squares over the matrices that read units, "scales" for a factor per unit, None for
             nothing.
@@ -79,7 +79,7 @@ class PostTrainingCompression(Callback):
         params: float | None = None,
         units: float | None = None,
         latency: float | None = None,
-        importance: Criterion = "fisher",
+        importance: Criterion = "outputs",
         rearrange: bool = True,
         repair: What | None = "weights",
         kinds: Sequence[str] | None = None,
@@ -249,7 +249,7 @@ class PostTrainingCompression(Callback):
             mask = real_tokens(seen[2])
             return real_tokens(seen[0]) if mask is None else mask
 
-        return Calibration(tuple(self._seen), call, loss, real)
+        return Calibration(tuple(self._seen), call, loss, real, lambda seen: parted(seen[0])[2])
 
     def _compressed(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, session: CompressionSession

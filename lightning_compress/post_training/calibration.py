@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -17,8 +17,8 @@ from lightning_compress.discovery.tracer import evaluation, output_tensors
 Call = Callable[[nn.Module, Any], Any]
 Loss = Callable[[nn.Module, Any], Tensor]
 LABELS = ("labels", "label")
-# Criteria that look at inputs and weights only.
-WITHOUT_LABELS = ("norm", "low_rank", "obs")
+# Criteria that look at inputs, weights and outputs only.
+WITHOUT_LABELS = ("outputs", "norm", "low_rank", "obs")
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class Calibration:
         call: (model, batch) -> the outputs of the model.
         loss: (model, batch) -> the loss, a scalar.
         real: batch -> bool (examples, tokens), False at padding; None where nothing is padded.
+        labels: batch -> its labels, or None.
     """
 
     batches: tuple[Any, ...]
     call: Call
     loss: Loss
     real: Callable[[Any], Tensor | None]
+    labels: Callable[[Any], Any] = lambda batch: parted(batch)[2]
 
     @classmethod
     def of(
@@ -50,7 +52,7 @@ class Calibration:
 
     def with_batches(self, batches: tuple[Any, ...]) -> Calibration:
         """The same for other batches."""
-        return Calibration(batches, self.call, self.loss, self.real)
+        return replace(self, batches=batches)
 
     def parts(self) -> tuple[Calibration, Calibration]:
         """Batches to learn from, and an eighth of them (the last, at least one) to judge by what was learned.

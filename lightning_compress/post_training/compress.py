@@ -41,7 +41,7 @@ class Settings:
     params: float | None = None
     units: float | None = None
     latency: float | None = None
-    importance: Criterion = "fisher"
+    importance: Criterion = "outputs"
     rearrange: bool = True
     repair: What | None = "weights"
     batches: int | None = 64
@@ -156,7 +156,7 @@ def compress_after_training(
     params: float | None = None,
     units: float | None = None,
     latency: float | None = None,
-    importance: Criterion = "fisher",
+    importance: Criterion = "outputs",
     *,
     rearrange: bool = True,
     repair: What | None = "weights",
@@ -174,10 +174,10 @@ def compress_after_training(
 ) -> PostTrainingResult:
     """Make a trained model smaller in place, from a few batches, without training.
 
-    Units are ranked by what the loss says of masks on them, chosen over all structures at once until the budget is met,
-    rearranged inside each structure by what they do together, and removed; weights that read the ones that stay are
-    fitted to give what they gave before. Everything is verified as after a fit. If anything is refused, the model is as
-    it was.
+    Units are ranked by how far masks on them move the outputs (or the loss), chosen over all structures at once until
+    the budget is met, rearranged inside each structure by what they do together, and removed; weights that read the
+    ones that stay are fitted to give what they gave before. Everything is verified as after a fit. If anything is
+    refused, the model is as it was.
 
     Args:
         model: the trained model, plain, on its device.
@@ -186,9 +186,9 @@ def compress_after_training(
         params: of its parameters; or
         units: of the number of units; or
         latency: of the measured latency of the example on this device. Exactly one of the four.
-        importance: "fisher", "taylor", "norm", "low_rank", "low_rank_fisher", "obs" or "obs_loss"; see
+        importance: "outputs", "fisher", "taylor", "norm", "low_rank", "low_rank_fisher", "obs" or "obs_loss"; see
             `CalibratedImportance`.
-        rearrange: with "fisher": rank units by what they cost together, by the full Fisher information of each
+        rearrange: with "outputs" and "fisher": rank units by what they cost together, by the full matrix of each
             structure, and choose again inside each. False ranks by the diagonal.
         repair: "weights" for least squares over the matrices that read units, "scales" for a factor per unit, None for
             nothing.

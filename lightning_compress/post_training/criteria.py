@@ -14,12 +14,13 @@ from lightning_compress.post_training.calibration import WITHOUT_LABELS, Calibra
 from lightning_compress.post_training.fisher import FisherAccumulator, frozen, scalar
 from lightning_compress.post_training.low_rank import LowRankSignificance
 from lightning_compress.post_training.moments import input_moments, output_metrics
+from lightning_compress.post_training.outputs import output_probes
 from lightning_compress.post_training.progress import Progress, quiet
 from lightning_compress.post_training.second_order import SecondOrder
 from lightning_compress.structures import Structure, named_tensors
 
 ROWS = 512  # of the inputs of a weight in one call: neighbouring tokens and pixels say little more
-Criterion = Literal["fisher", "taylor", "norm", "low_rank", "low_rank_fisher", "obs", "obs_loss"]
+Criterion = Literal["outputs", "fisher", "taylor", "norm", "low_rank", "low_rank_fisher", "obs", "obs_loss"]
 
 
 def check_criterion(criterion: object) -> None:
@@ -34,12 +35,12 @@ def calibrated_scores(
     model: nn.Module,
     structures: Iterable[Structure],
     calibration: Calibration,
-    criterion: Criterion = "fisher",
+    criterion: Criterion = "outputs",
     *,
     per_sample: bool = True,
     progress: Progress = quiet,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Scores of the units, and, for "fisher", the full Fisher information of each structure.
+    """Scores of the units, and, for "outputs" and "fisher", what they do together in each structure.
 
     Args:
         model: the model.
@@ -62,6 +63,11 @@ def calibrated_scores(
         return unit_scores(model, structures, "norm"), {}
     if criterion == "taylor":
         return _taylor(model, structures, calibration, progress), {}
+    if criterion == "outputs":
+        answers = FisherAccumulator(model, structures, full=True)
+        for batch, probe in progress(list(output_probes(calibration)), "what outputs answer to"):
+            answers.update(batch, probe)
+        return answers.scores(), answers.matrices()
     if criterion in ("fisher", "low_rank_fisher"):
         fisher = FisherAccumulator(model, structures, per_sample, full=criterion == "fisher")
         for batch in progress(calibration.batches, "Fisher information"):
@@ -100,6 +106,8 @@ def _taylor(
 class CalibratedImportance:
     r"""An importance that looks at calibration data; for ``make_plan``, ``FinalizeCompression`` and the like.
 
+    - ``"outputs"``: :math:`s_u = \frac1N \sum_i \lVert \partial f(x_i) / \partial \text{gate}_u \rVert^2`, how far the
+      outputs move, by random signs: see ``output_probes``.
     - ``"fisher"``: :math:`s_u = \frac1N \sum_i (\partial \ell_i / \partial \text{gate}_u)^2`, see `FisherAccumulator`.
     - ``"taylor"``: the same with the gradients of batches, see `TaylorAccumulator`.
     - ``"norm"``: squared coupled norm; no data.
@@ -108,7 +116,8 @@ class CalibratedImportance:
     - ``"obs"``: second order, relative to the outputs of each weight; ``"obs_loss"``: weighted by how the loss answers
       to each output. See `SecondOrder`.
 
-    "norm", "low_rank" and "obs" need no labels. Scores are computed anew for every call, from the model as it is then.
+    "outputs", "norm", "low_rank" and "obs" need no labels. Scores are computed anew for every call, from the model as
+    it is then.
 
     Args:
         loader: batches; tensors go to the device of the model.
@@ -125,7 +134,7 @@ class CalibratedImportance:
     def __init__(
         self,
         loader: Iterable[Any],
-        criterion: Criterion = "fisher",
+        criterion: Criterion = "outputs",
         batches: int | None = 64,
         loss: Loss | None = None,
         call: Call | None = None,

@@ -75,7 +75,7 @@ def loss_of(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
         return sum(float(nn.functional.cross_entropy(model.eval()(x), y)) for x, y in batches) / len(batches)
 
 
-CRITERIA = ("fisher", "taylor", "norm", "low_rank", "low_rank_fisher", "obs", "obs_loss")
+CRITERIA = ("outputs", "fisher", "taylor", "norm", "low_rank", "low_rank_fisher", "obs", "obs_loss")
 
 
 @pytest.mark.parametrize("importance", CRITERIA)
@@ -107,7 +107,9 @@ def test_the_repair_helps_where_much_is_gone(case: Any) -> None:
 def test_rearranging_costs_less_together(case: Any) -> None:
     model, batches = case
     plans = [
-        compress_after_training(copy.deepcopy(model), batches, macs=0.5, rearrange=r, repair=None).plan
+        compress_after_training(
+            copy.deepcopy(model), batches, macs=0.5, importance="fisher", rearrange=r, repair=None
+        ).plan
         for r in (False, True)
     ]
     structures = discover(model, batches[0][:1], kinds=("head", "ffn"))
@@ -209,17 +211,17 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "no labels": (
         unlabelled,
-        {},
-        r"Expected calibration batches with labels, .* but got Tensor.*'norm' or 'low_rank' or",
+        {"importance": "fisher"},
+        r"Expected calibration batches with labels, .* but got Tensor.*'outputs' or 'norm' or 'low_rank' or",
     ),
     "no labels, a mapping": (
         lambda b: [{"x": x} for x, _ in b],
-        {},
+        {"importance": "fisher"},
         r"Expected calibration batches with labels, .* but got dict of \['x'\]",
     ),
     "other labels": (
         lambda b: [(x, torch.zeros(32, 9)) for x, _ in b],
-        {},
+        {"importance": "fisher"},
         r"Expected integer labels .* but got torch.float32 of shape \(\d+, 9\) for outputs of shape \(\d+, 3\)",
     ),
     "met": (list, {"macs": 1.0}, "Expected a budget that removes something, but macs=1 is met already"),
@@ -248,7 +250,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"call": lambda model, batch: model.forward(batch[0])},
         r"Expected call\(model, batch\) to call the model, but it did not",
     ),
-    "no loss": (list, {"loss": lambda model, batch: 0.5}, "Expected the loss .* finite scalar tensor, but got float"),
+    "no loss": (
+        list,
+        {"loss": lambda model, batch: 0.5, "importance": "fisher"},
+        "Expected the loss .* finite scalar tensor, but got float",
+    ),
     "floors": (list, {"macs": 0.01}, "Expected a budget within reach"),
 }
 
