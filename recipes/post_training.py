@@ -113,7 +113,7 @@ def parser() -> ArgumentParser:
     add("--pretrained", default=None, help="for text: the model whose tokenizer and shape are used")
     add("--checkpoint", default=None, help="for text: a checkpoint of the dense model")
     add("--macs", type=float, nargs="+", default=[0.7, 0.5], help="kept fractions of the MACs of heads and FFN units")
-    add("--importance", default="fisher", help="what ranks the units")
+    add("--importance", default="outputs", help="what ranks the units")
     add("--batches", type=int, default=32, help="calibration batches")
     add("--epochs", type=int, default=None, help="of the dense fit")
     add("--width", type=int, default=128, help="of the transformer for the digits")

@@ -39,7 +39,7 @@ def test_names_and_commands() -> None:
     run = post_training.Run("mrpc", "obs", 0.86, 1)
     assert run.name == "mrpc-obs-0.86-seed1"
     assert run.arguments == ["--dataset", "mrpc", "--method", "obs", "--macs", "0.86", "--seed", "1"]
-    assert len(set(post_training.all_runs())) == 72
+    assert len(set(post_training.all_runs())) == 96
 
 
 def test_every_method_runs_and_the_table_has_it(data: str, capsys: pytest.CaptureFixture) -> None:
