@@ -5,13 +5,13 @@
     python benchmarks/precision.py --latency                     # wants an idle machine
     python benchmarks/precision.py --table                       # results/precision/table.md
 
-The dense models are those of `python benchmarks/tokens.py --method dense`. Searches compute the loss of 512 dev
+The dense models are those of `python benchmarks/tokens.py --method dense`. Searches compute the loss of 256 dev
 examples; accuracy is that of the test examples, which none of them has seen. Runtimes calibrate with training examples.
 
     dense         float32
     int8          every weight that is multiplied, and its inputs, in eight bits
     by time       float32 or eight bits for each weight, by measured milliseconds
-    by bytes      float32, 16, 8 or 4 bits, by bytes as stored
+    by bytes      float32, 8 or 4 bits for each weight, by bytes as stored
     onnxruntime   its dynamic quantization of the exported model
     nncf          OpenVINO's post-training quantization (NNCF) of the exported model
     small, ...    the same after heads and feed-forward units were removed until 0.7 of the MACs were left
@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -56,10 +57,11 @@ RESULTS = ROOT / "benchmarks" / "results" / "precision"
 RUNS = ROOT / "benchmarks" / "runs" / "precision"  # searched models, logs: ignored by git
 SMALL = 0.7  # of the MACs
 TOLERANCE = 0.01  # of the cross entropy
-EXAMPLES, CALIBRATION = 512, 300  # of a search; of a runtime's tool
+EXAMPLES, CALIBRATION = 256, 300  # of a search; of a runtime's tool
+PARTS = {"": "whole", "small, ": "small"}  # prefixes of names, and folders
 SEARCHES: dict[str, dict[str, Any]] = {
     "by time": {"precisions": ("int8",), "objective": "milliseconds"},
-    "by bytes": {"precisions": ("int16", "int8", "int4"), "objective": "bytes"},
+    "by bytes": {"precisions": ("int8", "int4"), "objective": "bytes"},
 }
 
 Found = dict[str, tuple[nn.Module, int]]  # models by name, with the bytes of their weights
@@ -81,6 +83,10 @@ class Run:
     @property
     def result(self) -> Path:
         return RESULTS / f"{self.name}.json"
+
+    @property
+    def folder(self) -> Path:
+        return RUNS / self.name
 
     @property
     def dense(self) -> tokens.Run:
@@ -125,13 +131,25 @@ def searched(model: nn.Module, data: Any) -> dict[str, PrecisionSearch]:
     }
 
 
+def kept(model: nn.Module, place: Path) -> tuple[nn.Module, int]:
+    """A model after it was saved in ``place`` and loaded again, and the bytes of its weights."""
+    save_compressed(model, place, factory=fresh)
+    return loaded(place), (place / "model.safetensors").stat().st_size
+
+
+def loaded(place: Path) -> nn.Module:
+    """What lies in a place: a saved model, or a file of a runtime."""
+    if place.suffix:
+        return quantization.Session(place)
+    return load_compressed(place, factory=fresh).eval()
+
+
 def integers(model: nn.Module, prepare: Callable[[nn.Module], None], place: Path) -> tuple[nn.Module, int]:
-    """A quantized copy, saved in ``place`` and loaded again, and the bytes of its weights."""
+    """A quantized copy, saved and loaded again."""
     small = copy.deepcopy(model)
     prepare(small)
     convert(small, "auto", (sst2.example(32), {}), seconds=0.2)
-    save_compressed(small, place, factory=fresh)
-    return load_compressed(place, factory=fresh).eval(), (place / "model.safetensors").stat().st_size
+    return kept(small, place)
 
 
 def fresh() -> nn.Module:
@@ -143,22 +161,25 @@ def in_runtimes(model: nn.Module, examples: Any, folder: Path) -> Found:
     """What ONNX Runtime's dynamic and OpenVINO's static quantization make of a model, and bytes."""
     import nncf
     import openvino
+    from onnx import load
     from onnxruntime.quantization import quantize_dynamic
 
     example: Any = (sst2.example(), {})
     names = ("input_ids", "attention_mask")
-    found: Found = {}
-    export_model(model, folder / "dense.onnx", "onnx", example)
-    quantize_dynamic(folder / "dense.onnx", folder / "int8.onnx")
-    found["onnxruntime"] = quantization.Session(folder / "int8.onnx"), (folder / "int8.onnx").stat().st_size
-    export_model(model, folder / "dense.xml", "openvino", example)
-    calibration = nncf.Dataset(examples, lambda batch: {name: batch[name].numpy() for name in names})
-    dense = openvino.Core().read_model(folder / "dense.xml")
-    small = nncf.quantize(dense, calibration, model_type=nncf.ModelType.TRANSFORMER, subset_size=CALIBRATION)
-    openvino.save_model(small, folder / "int8.xml")
-    size = (folder / "int8.bin").stat().st_size
-    found["nncf"] = quantization.Session(folder / "int8.xml"), size
-    return found
+    with tempfile.TemporaryDirectory() as dense:
+        onnx, xml = Path(dense) / "dense.onnx", Path(dense) / "dense.xml"
+        export_model(model, onnx, "onnx", example)
+        proto = load(onnx)
+        del proto.graph.value_info[:]  # the quantizer turns weights round, and then contradicts these shapes
+        quantize_dynamic(proto, folder / "onnxruntime.onnx", per_channel=True)
+        export_model(model, xml, "openvino", example)
+        calibration = nncf.Dataset(examples, lambda batch: {name: batch[name].numpy() for name in names})
+        whole = openvino.Core().read_model(xml)
+        small = nncf.quantize(whole, calibration, model_type=nncf.ModelType.TRANSFORMER, subset_size=CALIBRATION)
+        openvino.save_model(small, folder / "nncf.xml")
+    sizes = {"onnxruntime": folder / "onnxruntime.onnx", "nncf": folder / "nncf.bin"}
+    files = {"onnxruntime": folder / "onnxruntime.onnx", "nncf": folder / "nncf.xml"}
+    return {name: (loaded(files[name]), sizes[name].stat().st_size) for name in files}
 
 
 def answers(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -177,19 +198,19 @@ def accuracy(model: nn.Module, data: Any) -> dict[str, float]:
     return tokens.scores_of(torch.cat([torch.stack([answers(model, b).argmax(-1), b["labels"]]) for b in batches], 1))
 
 
-def candidates(
-    run: Run, data: Any, texts: str, folder: Path
-) -> tuple[dict[str, tuple[nn.Module, int]], dict[str, Any]]:
-    """Everything that is compared, with bytes, and what the searches found."""
+def candidates(run: Run, data: Any, texts: str) -> tuple[Found, dict[str, Any]]:
+    """Everything that is compared, with bytes, and what the searches found; models stay in the folder of the run."""
     alone = tokens.text_data(run.dataset, texts, run.seed, batch=1)
     calibration = list(alone.loader("train", range(CALIBRATION)))
     found: Found = {}
     notes: dict[str, Any] = {}
+    shutil.rmtree(run.folder, ignore_errors=True)
     whole: nn.Module = sst2.new_module(weights=run.dense.dense_weights).model.eval()
-    for prefix, model in (("", whole), ("small, ", small_model(run, data))):
-        place = folder / (prefix.strip(", ") or "whole")
-        place.mkdir()
-        found[f"{prefix}dense"] = model, sum(p.numel() * p.element_size() for p in model.parameters())
+    for prefix, part in PARTS.items():
+        model = whole if part == "whole" else small_model(run, data)
+        place = run.folder / part
+        place.mkdir(parents=True)
+        found[f"{prefix}dense"] = kept(model, place / "dense")
         prepare = {"int8": lambda copied: quantization.prepare(copied, "int8", "int8")}
         began = time.perf_counter()
         for name, search in searched(model, data).items():
@@ -203,8 +224,8 @@ def candidates(
         notes[f"{prefix}searches"] = {"seconds": time.perf_counter() - began}
         for name, how in prepare.items():
             found[f"{prefix}{name}"] = integers(model, how, place / name)
-        for name, (session, size) in in_runtimes(model, calibration, place).items():
-            found[f"{prefix}{name}"] = session, size
+        for name, result in in_runtimes(model, calibration, place).items():
+            found[f"{prefix}{name}"] = result
     return found, notes
 
 
@@ -213,40 +234,44 @@ def compare(run: Run, folder: str) -> dict[str, Any]:
     if not run.dense.dense_weights.is_file():
         raise SystemExit(f"{run.name} needs dense weights: python benchmarks/tokens.py --method dense first.")
     data = tokens.text_data(run.dataset, folder, run.seed, post_training.BATCH)
-    with tempfile.TemporaryDirectory() as place:
-        found, notes = candidates(run, data, folder, Path(place))
-        rows = {name: {"test": accuracy(model, data), "bytes": size} for name, (model, size) in found.items()}
+    found, notes = candidates(run, data, folder)
+    rows = {name: {"test": accuracy(model, data), "bytes": size} for name, (model, size) in found.items()}
     return {"rows": rows, "searches": notes, "accuracy": {n: r["test"]["accuracy"] for n, r in rows.items()}}
 
 
 # Latency
 
 
-def latency(folder: str, threads: int, repeats: int = 31, seconds: float = 60.0) -> None:
-    """Everything of one seed and data set in turn, in one process."""
+def latency(threads: int, repeats: int = 31, seconds: float = 60.0) -> None:
+    """Everything of one finished run in turn, in one process."""
     torch.set_num_threads(threads)
-    run = Run("sst2", 0)
-    data = tokens.text_data(run.dataset, folder, run.seed, post_training.BATCH)
+    run = next((run for run in all_runs() if run.folder.is_dir() and run.result.is_file()), None)
+    if run is None:
+        raise SystemExit("A finished run is needed: python benchmarks/precision.py --dataset sst2 --seed 0 first.")
+    files = {"onnxruntime": "onnxruntime.onnx", "nncf": "nncf.xml"}
+    names = ("dense", "int8", *SEARCHES, *files)
+    models = {
+        f"{prefix}{name}": loaded(run.folder / part / files.get(name, name))
+        for prefix, part in PARTS.items()
+        for name in names
+    }
     cells: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as place:
-        found, _ = candidates(run, data, folder, Path(place))
-        models = {name: model for name, (model, _) in found.items()}
-        for batch, length in quantization.SHAPES:
-            ids = torch.randint(1000, 20000, (batch, length), generator=torch.Generator().manual_seed(0))
-            call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            load = os.getloadavg()[0]
-            times = measure_latency(models, (), call, repeats=repeats, max_seconds=seconds)
-            rows = {
-                name: {
-                    "ms": 1e3 * t.seconds,
-                    "speedup": times["dense"].seconds / t.seconds,
-                    "spread": t.spread,
-                    "runs": t.runs,
-                }
-                for name, t in times.items()
+    for batch, length in quantization.SHAPES:
+        ids = torch.randint(1000, 20000, (batch, length), generator=torch.Generator().manual_seed(0))
+        call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        load = os.getloadavg()[0]
+        times = measure_latency(models, (), call, repeats=repeats, max_seconds=seconds)
+        rows = {
+            name: {
+                "ms": 1e3 * t.seconds,
+                "speedup": times["dense"].seconds / t.seconds,
+                "spread": t.spread,
+                "runs": t.runs,
             }
-            cells[f"{batch} x {length}"] = {"load_average_before": round(load, 1), "rows": rows}
-            print(f"{batch} x {length}", json.dumps(cells[f"{batch} x {length}"]), flush=True)
+            for name, t in times.items()
+        }
+        cells[f"{batch} x {length}"] = {"load_average_before": round(load, 1), "rows": rows}
+        print(f"{batch} x {length}", json.dumps(cells[f"{batch} x {length}"]), flush=True)
     record = {
         "command": f"python benchmarks/precision.py --latency --threads {threads}",
         "versions": {name: version(name) for name in ("torch", "transformers", "onnxruntime", "openvino", "nncf")},
@@ -302,7 +327,7 @@ def main() -> None:
     if arguments.all:
         side_by_side.run_all(__file__, (all_runs(),), arguments.jobs, arguments.data, RUNS)
     elif arguments.latency:
-        latency(arguments.data, arguments.threads)
+        latency(arguments.threads)
     elif arguments.table:
         table()
     else:

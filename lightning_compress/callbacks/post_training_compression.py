@@ -84,7 +84,7 @@ class PostTrainingCompression(Callback):
         repair: What | None = "weights",
         kinds: Sequence[str] | None = None,
         batches: int | None = 64,
-        repair_batches: int | None = 16,
+        repair_batches: int | None = 32,
         per_sample: bool = True,
         round_to: PerStructure | None = None,
         min_units: PerStructure = 1,

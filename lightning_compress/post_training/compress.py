@@ -45,7 +45,7 @@ class Settings:
     rearrange: bool = True
     repair: What | None = "weights"
     batches: int | None = 64
-    repair_batches: int | None = 16
+    repair_batches: int | None = 32
     per_sample: bool = True
     round_to: PerStructure | None = None
     min_units: PerStructure = 1
@@ -162,7 +162,7 @@ def compress_after_training(
     repair: What | None = "weights",
     kinds: Sequence[str] = DEFAULT_KINDS,
     batches: int | None = 64,
-    repair_batches: int | None = 16,
+    repair_batches: int | None = 32,
     loss: Loss | None = None,
     call: Call | None = None,
     per_sample: bool = True,
