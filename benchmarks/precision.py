@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 import lightning as L  # noqa: E402
 import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import nn  # noqa: E402
 
 from benchmarks import post_training, quantization, side_by_side, sst2, tokens  # noqa: E402
 from lightning_compress import (  # noqa: E402
@@ -182,20 +182,13 @@ def in_runtimes(model: nn.Module, examples: Any, folder: Path) -> Found:
     return {name: (loaded(files[name]), sizes[name].stat().st_size) for name in files}
 
 
-def answers(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Logits, also of a runtime."""
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    if hasattr(output, "logits"):
-        return output.logits  # type: ignore[no-any-return]
-    first = next(iter(output.values())) if hasattr(output, "values") else output[0]
-    return torch.from_numpy(first)
-
-
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Any) -> dict[str, float]:
     """On test examples."""
     batches = data.loader("test", tokens.by_length(data, "test"))
-    return tokens.scores_of(torch.cat([torch.stack([answers(model, b).argmax(-1), b["labels"]]) for b in batches], 1))
+    return tokens.scores_of(
+        torch.cat([torch.stack([quantization.answers(model, b).argmax(-1), b["labels"]]) for b in batches], 1)
+    )
 
 
 def candidates(run: Run, data: Any, texts: str) -> tuple[Found, dict[str, Any]]:

@@ -3,28 +3,34 @@
     python benchmarks/product.py --dataset sst2 --seed 0         # one run; skipped if its result is there
     python benchmarks/product.py --all --jobs 2                  # everything that is missing
     python benchmarks/product.py --latency                       # finished models; wants an idle machine
+    python benchmarks/product.py --latency --openvino            # those in OpenVINO
     python benchmarks/product.py --table                         # results/product/table.md
 
 A run starts from the dense weights of `python benchmarks/tokens.py --method dense`, has the data, teacher and loss of
 that benchmark, and is one `trainer.fit`: group lasso from the first step, removal of heads and feed-forward units,
 learned thresholds of tokens, then eight bits for all products. Accuracy is that of the model after it was saved and
-loaded again. Latencies are measured in turn in one process, those of single stages with the same removal and the same
-thresholds.
+loaded again. Without token pruning (tokens 1) ranges of inputs are those that training observed, and the model is
+exported to OpenVINO, which runs int8 with such ranges; accuracy is that of the file. Latencies are measured in turn in
+one process, those of single stages with the same removal and the same thresholds.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE" if "--latency" in sys.argv else "PASSIVE")
+# threads of PyTorch that wait busily are faster between small products, and take the cores of other runtimes
+BUSY = "--latency" in sys.argv and "--openvino" not in sys.argv
+os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE" if BUSY else "PASSIVE")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -35,12 +41,14 @@ from torch import nn  # noqa: E402
 from benchmarks import quantization, side_by_side, sst2, tokens  # noqa: E402
 from lightning_compress import (  # noqa: E402
     FinalizeCompression,
+    ObservedRange,
     PruningPlan,
     QuantizationAwareTraining,
     StructuredSparsity,
     TokenPruning,
     apply_plan,
     convert,
+    export_model,
     load_compressed,
     measure_latency,
     save_compressed,
@@ -50,7 +58,10 @@ from lightning_compress.tokens.proof import prove_tokens  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "product"
 RUNS = ROOT / "benchmarks" / "runs" / "product"  # models, logs: ignored by git
-SIZES = {"sst2": ((0.125, 0.85),), "mrpc": ((0.5, 0.75),)}  # kept MACs of structures, and by tokens
+SIZES = {
+    "sst2": ((0.125, 0.85), (0.125, 1.0)),
+    "mrpc": ((0.5, 0.75), (0.5, 1.0)),
+}  # kept MACs of structures, and by tokens
 EPOCHS = 10
 RATES = {0.5: 1e-4, 0.25: 2e-4, 0.125: 3e-4}  # what has lost more must move further
 REMOVAL, HARD, INTEGERS = 0.2, 0.4, 0.5  # moments of the fit
@@ -81,6 +92,11 @@ class Run:
         return RUNS / self.name
 
     @property
+    def exported(self) -> Path | None:
+        """The file of OpenVINO."""
+        return RUNS / f"{self.name}.xml" if self.tokens == 1 else None
+
+    @property
     def plan(self) -> Path:
         return RUNS / f"{self.name}.plan.json"
 
@@ -108,20 +124,30 @@ def train(run: Run, folder: str) -> dict[str, Any]:
     module.model.encoder.embeddings.requires_grad_(False)
     finalize = FinalizeCompression(macs=0.97 * run.macs, at=REMOVAL, module="model", report=False)
     prune = TokenPruning(macs=run.tokens, hard_at=HARD, module="model")
-    quantize = QuantizationAwareTraining("int8", start=INTEGERS, activations="int8", backend="native", module="model")
+    integers: dict[str, Any] = {"activations": "int8", "backend": "native"}
+    if run.exported is not None:
+        integers = {"activations": ObservedRange(), "backend": "unpacked"}
+    quantize = QuantizationAwareTraining("int8", start=INTEGERS, module="model", **integers)
     callbacks = [
         StructuredSparsity("group_lasso", ("head", "ffn"), importance="taylor", start=0.0, module="model"),
         finalize,
-        prune,
+        *([prune] if run.exported is None else []),
         quantize,
     ]
     seconds = tokens.fit(module, data, callbacks, "bf16-mixed", max_epochs=EPOCHS)
-    assert finalize.plan is not None and prune.policy is not None and quantize.report is not None
+    assert finalize.plan is not None and quantize.report is not None
     RUNS.mkdir(parents=True, exist_ok=True)
     finalize.plan.save(run.plan)
     save_compressed(module.model, run.model, factory=fresh)
     small = load_compressed(run.model, factory=fresh).eval()
     found = tokens.evaluate(small, data)
+    if run.exported is not None:
+        example: Any = (sst2.example(), {})
+        exported = export_model(small, run.exported, "openvino", example, tolerance=math.inf)
+        found["accuracy_in_pytorch"] = found["accuracy"]
+        for rest, name in (("f32", "accuracy"), ("bf16", "accuracy_with_rest_in_bfloat16")):
+            found[name] = accuracy(quantization.Session(run.exported, rest), data)
+        found["bytes_of_export"] = exported.bytes
     found["macs_kept_by_tokens"] = found.pop("macs_kept")  # of the small layers, at real lengths
     structures = sst2.encoder_structures(fresh())
     kept = sst2.prunable_macs(structures, {name: len(units) for name, units in finalize.plan.kept.items()})
@@ -130,12 +156,24 @@ def train(run: Run, folder: str) -> dict[str, Any]:
         "macs_kept_of_structures": kept / sst2.prunable_macs(structures, structures.counts),
         "kept": finalize.plan.counts,
         "verification_error": finalize.surgery_reports[-1].error,
-        "policy": prune.policy.state(),
+        "policy": None if prune.policy is None else prune.policy.state(),
         "bytes": sum(file.stat().st_size for file in run.model.iterdir()),
         "bytes_of_dense_parameters": sum(p.numel() * p.element_size() for p in fresh().parameters()),
         "epochs": EPOCHS,
         "seconds": seconds,
     }
+
+
+def accuracy(model: nn.Module, data: Any) -> dict[str, Any]:
+    """On dev, test and both; also of a file in a runtime."""
+    found, every = {}, []
+    for name, split in (("dev", "validation"), ("test", "test")):
+        batches = data.loader(split, tokens.by_length(data, split))
+        every.append(
+            torch.cat([torch.stack([quantization.answers(model, b).argmax(-1), b["labels"]]) for b in batches], 1)
+        )
+        found[name] = tokens.scores_of(every[-1])
+    return found | {"pooled": tokens.scores_of(torch.cat(every, 1))}
 
 
 # Latency
@@ -148,14 +186,17 @@ def stages(run: Run) -> dict[str, nn.Module]:
         model: nn.Module = sst2.new_module(weights=run.dense.dense_weights).model
         return model.eval()
 
-    product = load_compressed(run.model, factory=fresh).eval()
-    trained = token_runtime(product)
-    assert trained is not None
     plan = PruningPlan.load(run.plan)
 
     def without_units(model: nn.Module) -> nn.Module:
         apply_plan(model, plan, verify=(sst2.example(), {}))
         return model
+
+    if run.exported is not None:
+        return stages_in_openvino(run, dense, without_units)
+    product = load_compressed(run.model, factory=fresh).eval()
+    trained = token_runtime(product)
+    assert trained is not None
 
     def without_tokens(model: nn.Module) -> nn.Module:
         install_tokens(model, prove_tokens(model, sst2.example()).runtime(copy.deepcopy(trained.policy)))
@@ -177,23 +218,60 @@ def stages(run: Run) -> dict[str, nn.Module]:
     }
 
 
-def latency(folder: str, threads: int, seconds: float = 12.0) -> None:
-    """Time of all stages of finished runs in every cell, interleaved."""
+def stages_in_openvino(
+    run: Run, dense: Callable[[], nn.Module], without_units: Callable[[nn.Module], nn.Module]
+) -> dict[str, nn.Module]:
+    """Dense in both runtimes, structures and eight bits alone, and both; "bfloat16": of what is not in eight bits."""
+    assert run.exported is not None
+    example: Any = (sst2.example(), {})
+
+    def exported(name: str, model: nn.Module) -> Path:
+        path = RUNS / f"{run.name} {name}.xml"
+        export_model(model, path, "openvino", example, tolerance=math.inf)
+        return path
+
+    def observed(model: nn.Module) -> nn.Module:
+        quantization.prepare(model, "int8", ObservedRange())
+        with torch.no_grad():
+            model.train()(*sst2.example())
+        convert(model.eval(), "unpacked")
+        return model
+
+    whole, small = exported("dense", dense()), exported("structures", without_units(dense()))
+    integers = exported("int8", observed(dense()))
+    return {
+        "dense": dense(),
+        "structures": without_units(dense()),
+        "dense, OpenVINO": quantization.Session(whole),
+        "structures, OpenVINO": quantization.Session(small),
+        "int8, OpenVINO": quantization.Session(integers),
+        "int8, OpenVINO, bfloat16": quantization.Session(integers, "bf16"),
+        "product, OpenVINO": quantization.Session(run.exported),
+        "product, OpenVINO, bfloat16": quantization.Session(run.exported, "bf16"),
+    }
+
+
+def latency(folder: str, threads: int, openvino: bool, seconds: float = 12.0) -> None:
+    """Time of all stages of finished runs in every cell, interleaved; of runs in OpenVINO, or of the others."""
     torch.set_num_threads(threads)
     data = {name: tokens.text_data(name, folder, 0, 32) for name in tokens.DATASETS}
-    measured: dict[str, Any] = {}
+    path = RESULTS / "latency.json"
+    measured: dict[str, Any] = json.loads(path.read_text())["runs"] if path.is_file() else {}
     for run in all_runs():
-        if not run.model.is_dir():
+        if not run.model.is_dir() or (run.exported is not None) != openvino:
             continue
         models = stages(run)
         measured[run.name] = {}
         for cell, call in tokens.cells(data).items():
             load = os.getloadavg()[0]
             times = measure_latency(models, (), call, repeats=41, max_seconds=seconds)
-            entered, real = tokens.tokens_of_last_forward(models["product"], call["attention_mask"])
+            entering: list[float] | None = None
+            if not openvino:
+                entered, real = tokens.tokens_of_last_forward(models["product"], call["attention_mask"])
+                entering = (entered.double().sum(1) / real.sum()).tolist()
             measured[run.name][cell] = {
                 "load_average_before": round(load, 1),
-                "tokens_entering": (entered.double().sum(1) / real.sum()).tolist(),
+                "tokens_entering": entering,
                 "stages": {
                     name: {
                         "ms": 1e3 * t.seconds,
@@ -213,7 +291,7 @@ def latency(folder: str, threads: int, seconds: float = 12.0) -> None:
         "runs": measured,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "latency.json").write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def table() -> None:
@@ -254,13 +332,14 @@ def table() -> None:
 def main() -> None:
     parser, _ = side_by_side.parser(__doc__, "--dataset", tuple(SIZES))
     parser.add_argument("--macs", type=float, choices=tuple(RATES), default=0.25, help="that structures leave")
+    parser.add_argument("--openvino", action="store_true", help="with --latency: of the runs in OpenVINO")
     parser.add_argument("--tokens", type=float, default=0.5, help="MACs that tokens leave of these")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.all:
         side_by_side.run_all(__file__, (all_runs(),), arguments.jobs, arguments.data, RUNS)
     elif arguments.latency:
-        latency(arguments.data, arguments.threads)
+        latency(arguments.data, arguments.threads, arguments.openvino)
     elif arguments.table:
         table()
     else:

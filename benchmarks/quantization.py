@@ -197,6 +197,15 @@ class Session(nn.Module):
         return self.run({name: tensor.numpy() for name, tensor in call.items()})
 
 
+def answers(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Logits, also of a runtime."""
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    if hasattr(output, "logits"):
+        return output.logits  # type: ignore[no-any-return]
+    first = next(iter(output.values())) if hasattr(output, "values") else output[0]
+    return torch.from_numpy(first)
+
+
 def ways(folder: Path) -> Iterator[tuple[str, nn.Module, int]]:
     """Models by "weights, backend", with the bytes of their files: what the weights of each variant can become.
 
