@@ -11,7 +11,7 @@ S are the columns that stay. Where a unit that goes is a linear combination of u
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -73,7 +73,26 @@ class _Target:
         return Sums.of(self.keep.numel(), self.width, self.biased, device)
 
 
-Learned = Iterator[tuple[_Target, Sums, Sums]]  # what each weight learns from, and what judges it
+@dataclass
+class _Work:
+    """What is to be repaired, and with what."""
+
+    model: nn.Module
+    plan: PruningPlan
+    axes: set[tuple[str, int]]  # weights that read units, and along which axis
+    zeros: dict[tuple[str, int], Tensor]  # positions that silence the removed units
+    biased: set[str]  # weights with a bias
+    fit: Calibration
+    judge: Calibration
+    progress: Progress
+
+    def silence(self) -> None:
+        tensors = named_tensors(self.model)
+        for (name, axis), positions in self.zeros.items():
+            tensors[name].index_fill_(axis, positions.to(tensors[name].device), 0)
+
+
+Learned = Generator[tuple[_Target, Sums, Sums], None, None]  # what each weight learns from, and what judges it
 AGREEMENT = 1e-4  # of outputs of halted calls with those of plain ones
 
 
@@ -125,9 +144,11 @@ def repair_readers(
     biases = {name: bias for name, _ in axes if (bias := bias_of(name, tensors)) is not None}
     snapshot |= {bias: tensors[bias].detach().clone() for bias in biases.values()}
 
-    def repaired(source: Callable[..., Learned]) -> list[Repair]:
+    work = _Work(model, plan, set(axes), zeros, set(biases), fit, judge, progress)
+
+    def repaired(source: Callable[[_Work], Learned]) -> list[Repair]:
         done: list[Repair] = []
-        with closing(source(model, plan, set(axes), zeros, set(biases), fit, judge, progress)) as learning:  # type: ignore[type-var]
+        with closing(source(work)) as learning:
             for target, learned, judged in learning:
                 weight = tensors[target.name]
                 bias = tensors[biases[target.name]] if target.biased else None
@@ -169,26 +190,15 @@ def bias_of(name: str, tensors: dict[str, Tensor]) -> str | None:
     return candidate if own == "weight" and owner_path(name) == owner and candidate in tensors else None
 
 
-def _silenced(model: nn.Module, zeros: dict[tuple[str, int], Tensor]) -> None:
-    tensors = named_tensors(model)
-    for (name, axis), positions in zeros.items():
-        tensors[name].index_fill_(axis, positions.to(tensors[name].device), 0)
-
-
 def _targets(
-    model: nn.Module,
-    axes: set[tuple[str, int]],
-    zeros: dict[tuple[str, int], Tensor],
-    biased: set[str],
-    calibration: Calibration,
-    progress: Progress,
-    keep: bool = True,
+    work: _Work, calibration: Calibration, progress: Progress, keep: bool
 ) -> tuple[dict[str, _Target], list[list[str]]]:
     """The weights as the dense model uses them, in the order of execution; and the names that each batch came by.
 
     With ``keep`` they also hold what they are to give; those that are used in some batches only are then left out, for
     it is not known what belongs together.
     """
+    model, axes, zeros = work.model, work.axes, work.zeros
     targets: dict[str, _Target] = {}
     orders: list[list[str]] = []
     real: Tensor | None = None
@@ -204,7 +214,7 @@ def _targets(
             gone = zeros.get((name, axis), torch.zeros(0, dtype=torch.long))
             taps = weight[0, 0].numel() if weight.dim() > 2 else 1
             stay[(gone.unsqueeze(1) * taps + torch.arange(taps)).reshape(-1)] = False
-            targets[name] = _Target(name, product, stay, rows.shape[1], name in biased)
+            targets[name] = _Target(name, product, stay, rows.shape[1], name in work.biased)
         orders[-1].append(name)
         if keep:
             targets[name].wanted.append(rows.clone())
@@ -233,29 +243,20 @@ def _targets(
     return targets, orders
 
 
-def _in_step(
-    model: nn.Module,
-    plan: PruningPlan,
-    axes: set[tuple[str, int]],
-    zeros: dict[tuple[str, int], Tensor],
-    biased: set[str],
-    fit: Calibration,
-    judge: Calibration,
-    progress: Progress,
-) -> Learned:
+def _in_step(work: _Work) -> Learned:
     """All batches go through a dense copy and the model together, and halt at every weight.
 
     Raises:
         OutOfStep: for weights that are used more than once, or not by all batches in one order; and for modules that
             keep what belongs to a call, so that calls at the same time come to something else.
     """
-    few = fit.with_batches(fit.batches[:1])
-    targets, (order,) = _targets(model, axes, zeros, biased, few, progress=quiet, keep=False)
+    model, fit = work.model, work.fit
+    targets, (order,) = _targets(work, fit.with_batches(fit.batches[:1]), quiet, keep=False)
     if len(set(order)) < len(order):
         raise OutOfStep("a weight is used more than once")
     dense = copy.deepcopy(model)
-    _silenced(model, zeros)
-    batches = fit.batches + judge.batches
+    work.silence()
+    batches = fit.batches + work.judge.batches
     learning = len(fit.batches)
     summed = {name for name, target in targets.items() if target.summed}
 
@@ -266,8 +267,8 @@ def _in_step(
     ours, theirs = halted(model), halted(dense)
     device = named_tensors(model)[order[0]].device if order else torch.device("cpu")
     # norms leave units out, layers are passed by
-    with at_rest(dense), at_rest(model), silence_units(model, plan), Lockstep([*ours, *theirs], order) as calls:
-        for name in progress(order, "repair"):
+    with at_rest(dense), at_rest(model), silence_units(model, work.plan), Lockstep([*ours, *theirs], order) as calls:
+        for name in work.progress(order, "repair"):
             calls.go(name)
             sums = targets[name].moments(device), targets[name].moments(device)
             for number, (own, other) in enumerate(zip(ours, theirs, strict=True)):
@@ -298,24 +299,15 @@ def _agree(first: Any, second: Any) -> bool:
     )
 
 
-def _by_passes(
-    model: nn.Module,
-    plan: PruningPlan,
-    axes: set[tuple[str, int]],
-    zeros: dict[tuple[str, int], Tensor],
-    biased: set[str],
-    fit: Calibration,
-    judge: Calibration,
-    progress: Progress,
-) -> Learned:
+def _by_passes(work: _Work) -> Learned:
     """Passes up to each weight, one weight after the other; what the dense model gives is kept for all of them."""
-    every = fit.with_batches(fit.batches + judge.batches)
-    targets, _ = _targets(model, axes, zeros, biased, every, progress)
-    _silenced(model, zeros)
-    for target in progress(list(targets.values()), "repair"):
-        with silence_units(model, plan):
-            learned = _sums(model, target, fit, 0)
-            judged = _sums(model, target, judge, len(fit.batches))
+    fit, judge = work.fit, work.judge
+    targets, _ = _targets(work, fit.with_batches(fit.batches + judge.batches), work.progress, keep=True)
+    work.silence()
+    for target in work.progress(list(targets.values()), "repair"):
+        with silence_units(work.model, work.plan):
+            learned = _sums(work.model, target, fit, 0)
+            judged = _sums(work.model, target, judge, len(fit.batches))
         target.wanted.clear()  # the largest things here
         yield target, learned, judged
 
