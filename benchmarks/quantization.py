@@ -135,6 +135,13 @@ def prepare(model: nn.Module, weights: Any, activations: str | None = None, modu
         attach_input_quantizers(model, select_inputs(model, kinds, chosen, activation_named(activations)))
 
 
+def without_dropout(module: nn.Module) -> None:
+    """Switch dropout off, in training too."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+
+
 def stored(model: nn.Module, backend: str) -> tuple[nn.Module, int]:
     """The model after it was converted, saved and loaded again, and the bytes of its file."""
     convert(model.eval(), backend)
@@ -158,6 +165,10 @@ def train(run: Run, folder: str) -> dict[str, Any]:
     else:
         rate = GENTLE if run.variant.startswith("int8") else tokens.RATE
         module = sst2.new_module(tokens.Taught, lr=rate, weights=run.dense.dense_weights)
+        if run.variant.startswith("int8"):
+            without_dropout(
+                module
+            )  # eight bits only have to follow their teacher; nothing is learned that could overfit
         module.teacher = [tokens.Teacher(run.dense, data)]
         module.model.encoder.embeddings.requires_grad_("embedding" in (settings.get("modules") or ()))
         callback = QuantizationAwareTraining(module="model", **settings)
