@@ -21,9 +21,9 @@ from lightning_compress.plan import PruningPlan
 from lightning_compress.post_training.calibration import Calibration, Call, Loss, at_rest, size_of
 from lightning_compress.post_training.criteria import Criterion, calibrated_scores, check_criterion
 from lightning_compress.post_training.products import readers
-from lightning_compress.post_training.progress import Progress, quiet
 from lightning_compress.post_training.repair import DAMPINGS, Repair, What, bias_of, repair_readers
 from lightning_compress.post_training.search import joint_scores, rearranged_plan
+from lightning_compress.progress import Progress, quiet
 from lightning_compress.report import CompressionReport, StructureCount, count_parameters, file_size, measure_latency
 from lightning_compress.structures import Structures, named_tensors
 from lightning_compress.surgery import SurgeryReport, apply_plan, silence_units
