@@ -332,7 +332,14 @@ class CompressionSession:
 
     def _discovered(self, traced: nn.Module, example: ExampleCall, pl_module: pl.LightningModule) -> Structures:
         with undisturbed(traced):
-            structures = discover(traced, example.args, example.kwargs, kinds=self.kinds, prove=True)
+            structures = discover(
+                traced,
+                example.args,
+                example.kwargs,
+                kinds=self.kinds,
+                prove=True,
+                progress=self.bars(pl_module.trainer),
+            )
         if not len(structures):
             raise ValueError(self._nothing_prunable(structures, pl_module))
         return structures
