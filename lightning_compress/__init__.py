@@ -37,6 +37,7 @@ from lightning_compress.post_training import (
     rearranged_plan,
     repair_readers,
 )
+from lightning_compress.progress import progress_bars
 from lightning_compress.quantization import (
     ConversionReport,
     DynamicRange,
@@ -213,6 +214,7 @@ __all__ = [
     "measure_latency_table",
     "model_maps",
     "output_mse",
+    "progress_bars",
     "prove_tokens",
     "quantization_off",
     "rearranged",

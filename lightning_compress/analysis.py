@@ -10,6 +10,7 @@ from torch import nn
 from lightning_compress.discovery import trace_structures
 from lightning_compress.discovery.valueless import lacking_values
 from lightning_compress.explanation import Explanation, explanation_of
+from lightning_compress.progress import Progress, quiet
 from lightning_compress.structures import Structures
 from lightning_compress.surgery import prove as prove_structures
 from lightning_compress.surgery.guards import check_names
@@ -21,6 +22,8 @@ def discover(
     kwargs: Mapping[str, Any] | None = None,
     kinds: Sequence[str] | str | None = None,
     prove: bool = False,
+    *,
+    progress: Progress = quiet,
 ) -> Structures:
     """Structures of ``model``: families of units that can be removed together without a change of anything else.
 
@@ -31,6 +34,7 @@ def discover(
         kinds: kinds of structures to look for, ``EXACT_KINDS`` by default; see ``KINDS`` for the others.
         prove: also remove a unit of each structure, compare the outputs in float64, and roll back. What cannot go is
             pinned with its reason; the others carry how they go (``tier`` and ``edits``).
+        progress: wraps what is gone through, for a progress bar, see ``progress_bars``.
 
     Returns:
         The structures, with the model's costs as polynomials in their kept counts and with what stays whole
@@ -47,8 +51,8 @@ def discover(
     [('ffn', 8, 'native')]
     """
     check_names(model)
-    structures = trace_structures(model, args, kwargs, kinds)
-    return prove_structures(model, structures, args, kwargs) if prove else structures
+    structures = trace_structures(model, args, kwargs, kinds, progress=progress)
+    return prove_structures(model, structures, args, kwargs, progress=progress) if prove else structures
 
 
 def explain(
@@ -57,6 +61,8 @@ def explain(
     kwargs: Mapping[str, Any] | None = None,
     kinds: Sequence[str] | str | None = None,
     prove: bool | None = None,
+    *,
+    progress: Progress = quiet,
 ) -> Explanation:
     """What can be removed and what stays whole and why, with shares of the parameters; print it.
 
@@ -66,6 +72,7 @@ def explain(
         kwargs: see ``discover``.
         kinds: see ``discover``.
         prove: see ``discover``; by default where the model has weights (it is not on the meta device).
+        progress: see ``discover``.
 
     Returns:
         Rows for structures and for what stays whole, look-alikes together; ``str`` of it is the text.
@@ -81,4 +88,4 @@ def explain(
         return explanation_of(model)
     if prove is None:
         prove = not lacking_values(model)
-    return explanation_of(discover(model, args, kwargs, kinds, prove))
+    return explanation_of(discover(model, args, kwargs, kinds, prove, progress=progress))

@@ -26,6 +26,7 @@ from lightning_compress.latency.loop import meet
 from lightning_compress.latency.measuring import check_proven
 from lightning_compress.plan import PruningPlan
 from lightning_compress.polynomials import Polynomial
+from lightning_compress.progress import Progress, quiet
 from lightning_compress.selection import Ladder, choose_global, choose_uniform
 from lightning_compress.structures import KINDS, Structure, Structures, stacks_of
 from lightning_compress.timing import measure_latency
@@ -59,6 +60,7 @@ def make_plan(
     example: tuple[Any, Any] | None = None,
     table: LatencyTable | None = None,
     seconds: float = 30.0,
+    progress: Progress = quiet,
 ) -> PruningPlan:
     """Choose which units stay so that a fraction of one cost is left.
 
@@ -86,6 +88,7 @@ def make_plan(
             table's estimate, and nothing is measured.
         table: what ``measure_latency_table`` returned. Default: measured here, or found on disk.
         seconds: measure for about this long for the table, and once more to correct.
+        progress: wraps what is gone through, for a progress bar, see ``progress_bars``.
 
     Raises:
         ValueError: if not exactly one target is given or it lies outside (0, 1], nothing is prunable (with what was
@@ -101,7 +104,7 @@ def make_plan(
         _check_without_latency(example, table)
         problem = _Problem.of(structures, params, macs, units, round_to, min_units)
         if scores is None:
-            scores = unit_scores(model, structures, importance)
+            scores = unit_scores(model, structures, importance, progress=progress)
         masks, cost = problem.solve(scores, per_layer)
         if cost < (1 - TOLERANCE) * problem.budget:
             warnings.warn(problem.explain_gap(masks, cost, per_layer), BudgetWarning, stacklevel=2)
@@ -111,13 +114,13 @@ def make_plan(
     if table is None or example is not None:
         check_proven(structures)
     if scores is None:
-        scores = unit_scores(model, structures, importance)
+        scores = unit_scores(model, structures, importance, progress=progress)
     if table is None:
         if example is None:
             raise ValueError(
                 "Expected example=(args, kwargs), the call whose latency counts, or table=..., but got neither."
             )
-        table = measure_latency_table(model, structures, args, kwargs, seconds=seconds)
+        table = measure_latency_table(model, structures, args, kwargs, seconds=seconds, progress=progress)
     if example is None:
         fraction = latency if latency is not None else _fraction_of(latency_ms, table, structures)
         problem = _Problem.of(structures, None, None, None, round_to, min_units, fraction, table)
@@ -129,6 +132,7 @@ def make_plan(
         kwargs=kwargs,
         max_seconds=seconds,
         measure=measure_latency,
+        progress=progress,
     )
     return plan_for_latency(model, structures, goal, table, scores, round_to, min_units, per_layer=per_layer)[0]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.discovery.valueless import lacking_values
+from lightning_compress.progress import Progress, quiet
 from lightning_compress.regularizers import group_norms
 from lightning_compress.shards import Part, local, whole
 from lightning_compress.structures import Slice, Structure, is_inside, named_tensors
@@ -27,6 +28,7 @@ def unit_scores(
     importance: Importance = "norm",
     *,
     gradients: Mapping[str, Tensor] | None = None,
+    progress: Progress = quiet,
 ) -> dict[str, Tensor]:
     r"""Score every unit of every structure; the larger, the more is lost without it.
 
@@ -52,6 +54,7 @@ def unit_scores(
         importance: how, see above.
         gradients: for "taylor", gradient of each parameter by name; default: ``.grad`` as the last backward pass left
             it.
+        progress: wraps the structures, for a progress bar, see ``progress_bars``; "taylor" and ``of_all`` have none.
 
     Returns:
         structure name -> scores of shape (units,), on the CPU in float64.
@@ -72,9 +75,9 @@ def unit_scores(
         every = of_all(model, structures)
         return {s.name: _check_scores(s, every.get(s.name)) for s in structures}
     if callable(importance):
-        return {s.name: _check_scores(s, importance(model, s)) for s in structures}
+        return {s.name: _check_scores(s, importance(model, s)) for s in progress(structures, "scores of units")}
     if importance == "norm":
-        return {name: norms.square() for name, norms in unit_norms(model, structures).items()}
+        return {name: norms.square() for name, norms in unit_norms(model, structures, progress=progress).items()}
     if importance == "taylor":
         gates = gate_gradients(model, structures, gradients)
         for structure in structures:
@@ -86,8 +89,13 @@ def unit_scores(
     )
 
 
-def unit_norms(model: nn.Module, structures: Iterable[Structure]) -> dict[str, Tensor]:
+def unit_norms(model: nn.Module, structures: Iterable[Structure], *, progress: Progress = quiet) -> dict[str, Tensor]:
     """Coupled L2 norm of every unit: over all its elements in producers and consumers; name -> (units,), CPU, float64.
+
+    Args:
+        model: the model that the structures were discovered in.
+        structures: structures to look at.
+        progress: wraps the structures, for a progress bar.
 
     Raises:
         ValueError: for a parameter that the model lacks or that has another size, or weights that are not finite.
@@ -95,7 +103,7 @@ def unit_norms(model: nn.Module, structures: Iterable[Structure]) -> dict[str, T
     tensors = named_tensors(model)
     squares: dict[tuple[str, int], Tensor] = {}
     norms = {}
-    for structure in structures:
+    for structure in progress(tuple(structures), "norms of units"):
         total = torch.zeros(structure.units, dtype=torch.float64)
         for piece in structure.slices:
             if piece.role == "companion":

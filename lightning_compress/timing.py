@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from lightning_compress.progress import Progress, quiet
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def measure_latency(
     max_seconds: float = 5.0,
     context: AbstractContextManager[Any] | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    progress: Progress = quiet,
 ) -> dict[str, Latency]:
     """Median time of a forward pass of each model, in evaluation mode, without gradients.
 
@@ -63,6 +66,8 @@ def measure_latency(
         context: a context to run in, such as autocast; it must allow to be entered once.
         clock: what tells seconds. On a CPU that other work shares, ``time.process_time`` with one thread leaves out
             what others take.
+        progress: wraps the runs, for a progress bar, see ``progress_bars``. How many there will be is not known before;
+            nothing is drawn during a run.
 
     Returns:
         Latency by name.
@@ -93,6 +98,21 @@ def measure_latency(
             torch.cuda.synchronize(device)
         return clock() - begin
 
+    def runs() -> Iterator[tuple[str, bool]]:
+        """Whose turn it is, and whether the run counts."""
+        begin = time.perf_counter()
+        for _ in range(warmup):
+            for name in names:
+                yield name, False
+                if time.perf_counter() - begin > max_seconds / 2:
+                    break
+        begin = time.perf_counter()
+        for repeat in range(repeats):
+            for name in names if repeat % 2 == 0 else reversed(names):
+                yield name, True
+            if time.perf_counter() - begin > max_seconds:
+                break
+
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(torch.inference_mode())
@@ -100,18 +120,10 @@ def measure_latency(
         try:
             for model in models.values():
                 model.eval()
-            begin = time.perf_counter()
-            for _ in range(warmup):
-                for model in models.values():
-                    run(model)
-                    if time.perf_counter() - begin > max_seconds / 2:
-                        break
-            begin = time.perf_counter()
-            for repeat in range(repeats):
-                for name in names if repeat % 2 == 0 else reversed(names):
-                    times[name].append(run(models[name]))
-                if time.perf_counter() - begin > max_seconds:
-                    break
+            for name, timed in progress(runs(), f"runs timed, for up to {max_seconds:g} s"):
+                seconds = run(models[name])
+                if timed:
+                    times[name].append(seconds)
         finally:
             for module, mode in training.items():
                 module.training = mode

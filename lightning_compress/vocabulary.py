@@ -15,10 +15,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice, pairwise
 from typing import Any
 
+from lightning_compress.progress import Progress, quiet
+
 BATCH = 1000
 
 
-def used_ids(tokenizer: Any, texts: Iterable[str], *, characters: bool = True) -> tuple[int, ...]:
+def used_ids(
+    tokenizer: Any, texts: Iterable[str], *, characters: bool = True, progress: Progress = quiet
+) -> tuple[int, ...]:
     """Ids that a corpus needs, increasing.
 
     These are the ids of its tokens, of all added (special) tokens and the unknown token, and, for byte-pair encoding,
@@ -28,6 +32,7 @@ def used_ids(tokenizer: Any, texts: Iterable[str], *, characters: bool = True) -
         tokenizer: a ``tokenizers.Tokenizer``, or a fast tokenizer of transformers.
         texts: the corpus, read once in batches.
         characters: also keep every token of a single character (or byte), so that other texts can still be spelt.
+        progress: wraps the texts, for a progress bar, see ``progress_bars``.
 
     Raises:
         TypeError: for a tokenizer of another kind.
@@ -37,7 +42,7 @@ def used_ids(tokenizer: Any, texts: Iterable[str], *, characters: bool = True) -
     state = json.loads(backend.to_str())
     vocabulary = _vocabulary(state["model"])
     ids = {token["id"] for token in state["added_tokens"]}
-    remaining = iter(texts)
+    remaining = iter(progress(texts, "texts tokenized"))
     while batch := list(islice(remaining, BATCH)):
         for encoding in backend.encode_batch_fast(batch, add_special_tokens=True):
             ids.update(encoding.ids)

@@ -13,6 +13,7 @@ LAYERS = (  # from low to high: a module imports from its own layer and from tho
         "schedules",
         "shards",
         "polynomials",
+        "progress",
         "selection",
         "distillation_losses",
         "example_call",
@@ -43,6 +44,7 @@ EXTRAS = {
     "sklearn",
     "tensorboard",
     "tokenizers",
+    "tqdm",
     "transformers",
     "wandb",
 }

@@ -254,6 +254,7 @@ class FinalizeCompression(Callback):
         take_integers_over(trainer, pl_module)
         if self._latency is not None:
             self._latency.context = trainer.precision_plugin.forward_context
+            self._latency.progress = session.bars(trainer)
         self._length = FitLength.of(trainer, session.max_epochs)
         if self.skipped:
             rank_zero_warn(

@@ -17,6 +17,7 @@ from lightning_compress.callbacks.session import CompressionSession
 from lightning_compress.callbacks.sparsity_settings import check_count
 from lightning_compress.latency import LatencyGoal, LatencyTable, measure_latency_table
 from lightning_compress.latency.loop import TOLERANCE, LatencyMet
+from lightning_compress.progress import Progress, quiet
 from lightning_compress.report import CompressionReport
 from lightning_compress.timing import measure_latency
 
@@ -31,6 +32,7 @@ class LatencyTarget:
         examples: examples of the first batch in the measured call; None for all of it.
         seconds: bound on measuring, for the table and again for the removal.
         context: makes the context in which the Trainer runs a forward pass.
+        progress: wraps what is gone through, for a progress bar.
 
     Attributes:
         met: how well the last plan met it, by the measurements before its removal; None where no plan was measured.
@@ -39,6 +41,7 @@ class LatencyTarget:
     examples: int | None = None
     seconds: float = SECONDS
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    progress: Progress = quiet
     met: LatencyMet | None = field(default=None, repr=False)
     _table: LatencyTable | None = field(default=None, repr=False)
 
@@ -100,6 +103,7 @@ class LatencyTarget:
                 seconds=self.seconds,
                 context=self.context,
                 measure=measure_latency,
+                progress=self.progress,
             )
 
     def goal(self, session: CompressionSession, fraction: float, dense: nn.Module | None) -> LatencyGoal:
@@ -119,6 +123,7 @@ class LatencyTarget:
             max_seconds=self.seconds,
             context=self.context,
             measure=measure_latency,
+            progress=self.progress,
         )
 
     def check(self, session: CompressionSession, report: CompressionReport, fraction: float) -> None:

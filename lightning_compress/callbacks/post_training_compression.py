@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_compress.budget import PerStructure
+from lightning_compress.callbacks.bars import bars
 from lightning_compress.callbacks.compiled import eager
 from lightning_compress.callbacks.example import ExampleCall
 from lightning_compress.callbacks.processes import Processes
@@ -25,7 +25,6 @@ from lightning_compress.plan import PruningPlan
 from lightning_compress.post_training.calibration import Calibration, check, parted, real_tokens
 from lightning_compress.post_training.compress import Clock, PostTrainingResult, Settings, prepare
 from lightning_compress.post_training.criteria import Criterion
-from lightning_compress.post_training.progress import Progress, quiet
 from lightning_compress.post_training.repair import What
 from lightning_compress.report import CompressionReport, count_parameters, file_size
 from lightning_compress.saving import save_compressed
@@ -151,6 +150,7 @@ class PostTrainingCompression(Callback):
         self._leave()
         self._session = CompressionSession.join(pl_module, self)
         self._session.processes = Processes.of(trainer)
+        self._session.shows_progress = self.progress
         self._session.watch(pl_module)
 
     def on_validation_batch_start(
@@ -259,7 +259,12 @@ class PostTrainingCompression(Callback):
         clock = Clock()
         whole = (session.batch.args, session.batch.kwargs)
         prepared = prepare(
-            model, structures, self._calibration(pl_module), self.settings, (whole, None), _bars(trainer, self.progress)
+            model,
+            structures,
+            self._calibration(pl_module),
+            self.settings,
+            (whole, None),
+            bars(trainer, self.progress),
         )
         clock.lap("")
         dense = copy.deepcopy(model)
@@ -309,19 +314,6 @@ def training_loss(pl_module: pl.LightningModule, batch: Any) -> Tensor:
             "none. Nothing was changed."
         )
     return loss
-
-
-def _bars(trainer: pl.Trainer, wanted: bool) -> Progress:
-    """Bars like those of the Trainer, where it shows any."""
-    shown = trainer.progress_bar_callback
-    if not wanted or not getattr(shown, "is_enabled", False):
-        return quiet
-
-    def bar(items: Iterable[Any], what: str) -> Iterable[Any]:
-        # rich draws its bars in a display of its own, which has ended with the loop
-        return Tqdm(items, desc=what, leave=False)
-
-    return bar
 
 
 __all__ = ["PostTrainingCompression"]

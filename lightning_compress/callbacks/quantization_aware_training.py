@@ -260,7 +260,7 @@ class QuantizationAwareTraining(Callback):
         own: list[ConversionReport] = []
 
         def first() -> str:
-            own.append(convert(traced, backend, call))
+            own.append(convert(traced, backend, call, progress=session.bars(trainer)))
             return own[0].backend
 
         with plainly(pl_module):
@@ -298,7 +298,8 @@ class QuantizationAwareTraining(Callback):
         assert traced is not None and example is not None
 
         def found() -> dict[str, str]:
-            return weight_kinds(traced, example.args, example.kwargs)
+            progress = session.bars(pl_module.trainer)
+            return weight_kinds(traced, example.args, example.kwargs, progress=progress)
 
         with plainly(pl_module):
             kinds = session.processes.first("find out what weights do", found)

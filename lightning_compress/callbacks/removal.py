@@ -74,7 +74,7 @@ def remove_units(
 
     def removed(plan: PruningPlan) -> SurgeryReport:
         verify = (example.args, example.kwargs)
-        report = apply_plan(traced, plan, optimizers=trainer.optimizers, verify=verify)
+        report = apply_plan(traced, plan, optimizers=trainer.optimizers, verify=verify, progress=session.bars(trainer))
         every = [report, *(copied.remove(report.plan, example) for copied in copies)]
         error, perturbed = (max(getattr(r, f) or 0.0 for r in every) for f in ("error", "perturbed_error"))
         own.append(replace(report, error=error, perturbed_error=perturbed))

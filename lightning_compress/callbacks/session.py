@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_compress.analysis import discover
 from lightning_compress.budget import kept_fraction
+from lightning_compress.callbacks.bars import bars
 from lightning_compress.callbacks.checkpoint import (
     before_load,
     plans_from_state,
@@ -30,6 +31,7 @@ from lightning_compress.callbacks.plain_copy import plain_copy, reshard
 from lightning_compress.callbacks.processes import Processes, check_silent
 from lightning_compress.callbacks.strategies import unwrapped
 from lightning_compress.plan import PruningPlan
+from lightning_compress.progress import Progress
 from lightning_compress.report import TokenSummary
 from lightning_compress.structures import KINDS, Structures, check_kinds
 from lightning_compress.surgery.guards import check_plain
@@ -78,6 +80,7 @@ class CompressionSession:
         sharded: whether parameters are sharded over them. Then a removal happens to a copy, not to the module.
         exported: what was removed from the copy; None before.
         max_epochs: those of the Trainer when the fit was set up.
+        shows_progress: whether bars are shown where the Trainer shows one.
     """
 
     _sessions: ClassVar[WeakKeyDictionary[pl.LightningModule, CompressionSession]] = WeakKeyDictionary()
@@ -99,6 +102,7 @@ class CompressionSession:
         self.sharded = False
         self.exported: PruningPlan | None = None
         self.max_epochs: int | None = None
+        self.shows_progress = True
         self.sparsities: list[StructuredSparsity] = []
         self.finalizer: FinalizeCompression | None = None
         self.token_pruning: TokenPruning | None = None
@@ -149,6 +153,10 @@ class CompressionSession:
         """Kinds of structures that the callbacks of this fit ask for, in the order of ``KINDS``."""
         wanted = self._kinds or dict.fromkeys(DEFAULT_KINDS)
         return tuple(k for k in KINDS if k in wanted)
+
+    def bars(self, trainer: pl.Trainer) -> Progress:
+        """What wraps iterables for a progress bar, where the Trainer shows one."""
+        return bars(trainer, self.shows_progress)
 
     def close(self) -> None:
         """Let go of hooks, models and examples; the structures and the plan stay for whoever asks after the fit."""
@@ -324,7 +332,14 @@ class CompressionSession:
 
     def _discovered(self, traced: nn.Module, example: ExampleCall, pl_module: pl.LightningModule) -> Structures:
         with undisturbed(traced):
-            structures = discover(traced, example.args, example.kwargs, kinds=self.kinds, prove=True)
+            structures = discover(
+                traced,
+                example.args,
+                example.kwargs,
+                kinds=self.kinds,
+                prove=True,
+                progress=self.bars(pl_module.trainer),
+            )
         if not len(structures):
             raise ValueError(self._nothing_prunable(structures, pl_module))
         return structures

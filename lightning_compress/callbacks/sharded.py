@@ -116,7 +116,8 @@ def remove_gathered(
         before = (count_parameters(copy), file_size(copy) if reported else 0)
         # the structures were traced with as few examples
         session.example = smallest_example(copy, session.batch.on_cpu())
-        done = apply_plan(copy, plan, verify=(session.example.args, session.example.kwargs))
+        verify = (session.example.args, session.example.kwargs)
+        done = apply_plan(copy, plan, verify=verify, progress=session.bars(trainer))
         place = folder if explicit else _free(folder)
         save_compressed(copy, place)
         left = done.plan.shrunk(session.structures)

@@ -314,7 +314,8 @@ class SparsityMaps(Callback):
                 if trainer.world_size > 1:
                     check_silent(traced, batch.args, batch.kwargs)  # this process calls it alone
                 example = smallest_example(traced, batch)
-                return discover(traced, example.args, example.kwargs, kinds=EXACT_KINDS)
+                progress = session.bars(trainer)
+                return discover(traced, example.args, example.kwargs, kinds=EXACT_KINDS, progress=progress)
         except Exception as error:  # whatever the user's forward raises ends no fit that only wants pictures
             rank_zero_warn(
                 f"SparsityMaps could not discover the structures of {session.traced_name or type(traced).__name__!r} "

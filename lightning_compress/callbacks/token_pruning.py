@@ -445,7 +445,8 @@ class TokenPruning(Callback):
         assert traced is not None and example is not None
 
         def proven() -> TokenSetup:
-            found = prove_tokens(traced, example.args, example.kwargs, self.protected)
+            progress = session.bars(pl_module.trainer)
+            found = prove_tokens(traced, example.args, example.kwargs, self.protected, progress=progress)
             protected = self.protected
             if protected is None:
                 protected = tuple(sorted({0, *(found.read or ())}))

@@ -20,6 +20,7 @@ from lightning_compress.discovery.mixtures import Choices, find_mixtures, shares
 from lightning_compress.discovery.tracer import Trace, trace
 from lightning_compress.discovery.valueless import real_tensors
 from lightning_compress.polynomials import Polynomial
+from lightning_compress.progress import Progress, quiet
 from lightning_compress.structures import EXACT_KINDS, Structures, check_kinds
 
 
@@ -28,6 +29,8 @@ def trace_structures(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     kinds: Sequence[str] | str | None = None,
+    *,
+    progress: Progress = quiet,
 ) -> Structures:
     """Structures of ``model``, found by running ``model(*args, **kwargs)`` once in evaluation mode.
 
@@ -36,13 +39,14 @@ def trace_structures(
         args: positional arguments of the call; one short example is enough.
         kwargs: keyword arguments of the call.
         kinds: kinds of structures to return, ``EXACT_KINDS`` by default.
+        progress: wraps what is gone through; the pass is a bar of unknown length, over its operations.
 
     Raises:
         ValueError: for an unknown kind.
     """
     chosen = EXACT_KINDS if kinds is None else check_kinds(kinds)
     if not {LAYER, EXPERT} & set(chosen):
-        seen = trace(model, args, kwargs)
+        seen = trace(model, args, kwargs, progress=progress)
         with real_tensors():
             return assemble(seen, chosen)
     paths = ResidualPaths(watched(model) if LAYER in chosen else {})
@@ -52,7 +56,7 @@ def trace_structures(
         choices.append(Choices(trace))
         return choices[0]
 
-    seen = trace(model, args, kwargs, watch=[choosing, lambda _: paths])
+    seen = trace(model, args, kwargs, watch=[choosing, lambda _: paths], progress=progress)
     with real_tensors():
         layers, pinned = find_layers(model, seen, paths) if LAYER in chosen else ([], [])
         mixtures, whole = find_mixtures(model, seen, choices[0]) if EXPERT in chosen else ([], [])

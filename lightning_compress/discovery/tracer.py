@@ -27,6 +27,7 @@ from lightning_compress.discovery.outputs import Output, flatten
 from lightning_compress.discovery.rules import Call, NoRule, rule_for
 from lightning_compress.discovery.rules.registry import Dims
 from lightning_compress.discovery.valueless import StandIns, storage_key, without_values
+from lightning_compress.progress import Progress, quiet, steps
 from lightning_compress.quantization_switch import quantization_off
 from lightning_compress.token_switch import tokens_off
 
@@ -113,11 +114,13 @@ class Trace(TorchDispatchMode):
         statistics: normalisations over axes.
         faces: calls of modules without sub-modules, by path.
         look_ups: look-ups of rows by ids.
+        step: called at every operation.
     """
 
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor], stand_ins: StandIns | None = None) -> None:
         super().__init__()
         self._stand_ins = stand_ins
+        self.step: Callable[[], None] = lambda: None
         self.members: dict[str, Member] = {}
         self.notes: list[Note] = []
         self.contractions: list[Contraction] = []
@@ -299,6 +302,7 @@ class Trace(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":  # asks a stand-in what it is (its device), computes nothing
             return func(*args, **kwargs)
+        self.step()
         if self._stand_ins is None:
             call = Call(func, args, kwargs, func(*args, **kwargs))
         else:
@@ -467,7 +471,11 @@ Watchers = Sequence[Callable[[Trace], contextlib.AbstractContextManager[Any]]]
 
 
 def trace(
-    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, watch: Watchers = ()
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    watch: Watchers = (),
+    progress: Progress = quiet,
 ) -> Trace:
     """Run ``model(*args, **kwargs)`` once in evaluation mode and return what was seen; the model is left as it was.
 
@@ -478,18 +486,26 @@ def trace(
         args: positional arguments.
         kwargs: keyword arguments.
         watch: contexts to be entered around the pass, inside the trace that they are given.
+        progress: shows the operations, as many as there will be.
     """
     kwargs = dict(kwargs or {})
     inputs = list(output_tensors((args, kwargs)))
     with without_values(model, inputs) as stand_ins:
         if stand_ins is None:
-            return _trace(Trace(model, inputs), model, args, kwargs, watch)
+            return _trace(Trace(model, inputs), model, args, kwargs, watch, progress)
         args, kwargs = tree_map(stand_ins.of, (args, kwargs))
         known = [stand_ins.of(t) for t in inputs]
-        return _trace(Trace(model, known, stand_ins), model, args, kwargs, watch)
+        return _trace(Trace(model, known, stand_ins), model, args, kwargs, watch, progress)
 
 
-def _trace(watched: Trace, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], watch: Watchers) -> Trace:
+def _trace(
+    watched: Trace,
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    watch: Watchers,
+    progress: Progress,
+) -> Trace:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     # some modules remember their last call: forgotten after the hooks of module_paths are gone
@@ -501,6 +517,7 @@ def _trace(watched: Trace, model: nn.Module, args: Sequence[Any], kwargs: Mappin
             tokens_off(),
             quantization_off(),
             torch.autocast("cpu", enabled=False),
+            steps(progress, "operations traced") as watched.step,
             watched,
             contextlib.ExitStack() as more,
         ):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_compress.export.safetensors_file import Entry, Header, bytes_of, read_header, rewrite, torch_dtype
 from lightning_compress.plan import PruningPlan
+from lightning_compress.progress import Progress, quiet
 from lightning_compress.surgery.slicing import kept_by_parameter, select
 
 SINGLE = "model.safetensors"
@@ -73,6 +74,7 @@ def apply_plan_to_checkpoint(
     *,
     rename: Rename | None = None,
     missing: Collection[str] = (),
+    progress: Progress = quiet,
 ) -> CheckpointReport:
     """Remove the units that ``plan`` does not keep from a checkpoint on disk, one tensor at a time.
 
@@ -102,6 +104,7 @@ def apply_plan_to_checkpoint(
             tensors may have one name in the plan: copies of a shared parameter, all cut alike.
         missing: parameters and buffers of the plan that the checkpoint rightly lacks, such as buffers that are not
             saved.
+        progress: wraps the tensors of each file, for a progress bar, see ``progress_bars``.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
@@ -136,7 +139,7 @@ def apply_plan_to_checkpoint(
     try:
         for header in headers:
             mine = {name: shape for name, shape in new_shapes.items() if name in header.entries}
-            rewrite(header, temporary / header.path.name, mine, cut)
+            rewrite(header, temporary / header.path.name, mine, cut, progress)
         if index is not None:
             text = json.dumps(_new_index(index, bytes_after, elements_before - elements_after), indent=2)
             (temporary / INDEX).write_text(text + "\n", encoding="utf-8")

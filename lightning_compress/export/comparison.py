@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,7 @@ def calls_to_try(model: nn.Module, call: Call, traced: Traced, extra: Sequence[C
 
 
 def compare(
-    calls: Iterator[Tried], run: Run, names: Sequence[str], tolerance: float
+    calls: Iterable[Tried], run: Run, names: Sequence[str], tolerance: float
 ) -> tuple[float, tuple[tuple[tuple[int, ...], ...], ...]]:
     """The largest relative error, max |difference| / max |expected| of an output, and the shapes of all calls.
 

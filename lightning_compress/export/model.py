@@ -26,6 +26,8 @@ from lightning_compress.export.dynamic import chosen, derive
 from lightning_compress.export.formats import FORMATS, check_installed, quiet
 from lightning_compress.export.program import Options, trace, write
 from lightning_compress.export.quantized import TOLERANCE, check_quantized
+from lightning_compress.progress import Progress
+from lightning_compress.progress import quiet as no_bar
 from lightning_compress.quantization.graph import as_graph
 from lightning_compress.surgery.guards import check_plain
 
@@ -92,6 +94,7 @@ def export_model(
     tolerance: float | None = None,
     check: Sequence[tuple[Sequence[Any], Mapping[str, Any]]] = (),
     seed: int = 0,
+    progress: Progress = no_bar,
 ) -> ExportResult:
     """Write ``model``, in evaluation mode, as a file that runs without it, and compare the file with PyTorch.
 
@@ -113,6 +116,7 @@ def export_model(
         tolerance: largest relative error that is accepted; by default 1e-4, 2e-2 for float16, 1e-1 for bfloat16.
         check: further calls to compare, (args, kwargs) pairs like the example.
         seed: of the random calls.
+        progress: wraps the calls that are compared, for a progress bar, see ``progress_bars``.
 
     Raises:
         ImportError: if the format needs a package that is not installed; names the extra.
@@ -145,9 +149,8 @@ def export_model(
                     options=Options(opset, half=precision == "float16"),
                 )
             calls = calls_to_try(model, call, traced, [flatten_call(model, *c) for c in check], seed)
-            error, tried = compare(
-                calls, FORMATS[format].read(work / target.name, call.names), traced.outputs, tolerance
-            )
+            run = FORMATS[format].read(work / target.name, call.names)
+            error, tried = compare(progress(calls, "calls compared"), run, traced.outputs, tolerance)
         files = {file.name: file.stat().st_size for file in sorted(work.iterdir())}
         for name in sorted(files, key=lambda n: n == target.name):  # the file that refers to the others last
             with open(work / name, "rb") as opened:

@@ -20,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_compress.progress import Progress, quiet
+
 CHUNK = 2**24  # bytes copied at once
 
 DTYPES: dict[str, torch.dtype] = {
@@ -113,7 +115,11 @@ def torch_dtype(entry: Entry) -> torch.dtype:
 
 
 def rewrite(
-    source: Header, target: Path, new_shapes: Mapping[str, tuple[int, ...]], change: Callable[[str, Tensor], Tensor]
+    source: Header,
+    target: Path,
+    new_shapes: Mapping[str, tuple[int, ...]],
+    change: Callable[[str, Tensor], Tensor],
+    progress: Progress = quiet,
 ) -> None:
     """Copy a file with some tensors changed; never holds more than one of them.
 
@@ -122,6 +128,7 @@ def rewrite(
         target: file to write.
         new_shapes: shape that each changed tensor will have, by name.
         change: ``change(name, tensor)`` returns the tensor to write, of that shape and of the same type.
+        progress: shows the tensors.
     """
     # the largest elements first, so that all data is aligned whatever the shapes are
     entries = sorted(source.entries.values(), key=lambda e: -DTYPES[e.dtype].itemsize if e.dtype in DTYPES else 0)
@@ -141,7 +148,7 @@ def rewrite(
     with source.path.open("rb") as reader, target.open("wb") as writer:
         writer.write(len(text).to_bytes(8, "little"))
         writer.write(text)
-        for entry in entries:
+        for entry in progress(entries, f"tensors of {source.path.name}"):
             shape = new_shapes.get(entry.name)
             if shape is None:
                 _copy(reader, writer, entry)

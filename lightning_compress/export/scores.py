@@ -11,13 +11,18 @@ from torch import Tensor
 
 from lightning_compress.export.checkpoint import Rename, plan_names, read_checkpoint
 from lightning_compress.export.safetensors_file import read_tensor
+from lightning_compress.progress import Progress, quiet
 from lightning_compress.structures import Structure
 
 CHUNK = 2**22  # elements squared at once
 
 
 def checkpoint_scores(
-    structures: Iterable[Structure], in_dir: str | os.PathLike[str], *, rename: Rename | None = None
+    structures: Iterable[Structure],
+    in_dir: str | os.PathLike[str],
+    *,
+    rename: Rename | None = None,
+    progress: Progress = quiet,
 ) -> dict[str, Tensor]:
     r"""The importance "norm" of every unit, read from a checkpoint one tensor at a time.
 
@@ -27,6 +32,7 @@ def checkpoint_scores(
         structures: structures to score.
         in_dir: folder with the checkpoint, see ``apply_plan_to_checkpoint``.
         rename: see ``apply_plan_to_checkpoint``.
+        progress: see ``apply_plan_to_checkpoint``.
 
     Returns:
         structure name -> scores of shape (units,), in float64.
@@ -46,7 +52,7 @@ def checkpoint_scores(
     names = plan_names([name for header in headers for name in header.entries], rename)
     for header in headers:
         with header.path.open("rb") as file:
-            for name, entry in header.entries.items():
+            for name, entry in progress(header.entries.items(), f"tensors of {header.path.name}"):
                 parameter = names[name]
                 axes = wanted.get(parameter, {})
                 for axis, size in axes.items():

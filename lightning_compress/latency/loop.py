@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_compress.latency.measuring import Measure, narrowed_copy
+from lightning_compress.progress import Progress, quiet
 from lightning_compress.quantization_switch import quantization_off
 from lightning_compress.structures import Structures
 from lightning_compress.timing import Latency, measure_latency
@@ -36,7 +37,8 @@ class LatencyGoal:
         reference: the model that is compared with; None for the model that the plan is made for.
         max_seconds: measure about so long in all rounds together.
         context: makes a context to measure in, such as autocast.
-        measure: what measures, ``timing.measure_latency``.
+        measure: what measures, ``timing.measure_latency`` or what is called like it.
+        progress: wraps the rounds, at most as many as it is told, and what is measured in each.
     """
 
     fraction: float | None = None
@@ -47,6 +49,7 @@ class LatencyGoal:
     max_seconds: float = 30.0
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     measure: Measure = measure_latency
+    progress: Progress = quiet
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def meet(
     uncertain: _Try | None = None
     estimate, rounds = min(1.0, max(start, smallest)), 0
     stuck = f"{ROUNDS} rounds of measuring and correcting did not bring it nearer"
-    while rounds < ROUNDS:
+    for _ in goal.progress(range(ROUNDS), "plans measured, at most"):
         kept = solve(estimate)
         counts = {name: int(mask.sum()) for name, mask in kept.items()}
         plan = tuple(counts.values())
@@ -143,6 +146,7 @@ def meet(
                 warmup=1,
                 max_seconds=goal.max_seconds / ROUNDS,
                 context=goal.context(),
+                progress=goal.progress,
             )
         rounds += 1
         wanted = goal.seconds if goal.seconds is not None else (goal.fraction or 1.0) * times["dense"].seconds

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_compress.latency.cache import call_in_words, device_name, read_table, table_key, write_table
 from lightning_compress.latency.table import LatencyRow, LatencyTable
 from lightning_compress.plan import PruningPlan
+from lightning_compress.progress import Progress, quiet
 from lightning_compress.quantization.weights import detach_quantizers
 from lightning_compress.quantization_switch import quantization_off
 from lightning_compress.structures import Structure, Structures
@@ -42,6 +43,7 @@ def measure_latency_table(
     cache: bool = True,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     measure: Measure = measure_latency,
+    progress: Progress = quiet,
 ) -> LatencyTable:
     """Measure the latency of a call on this device at several widths of each structure.
 
@@ -60,7 +62,8 @@ def measure_latency_table(
         seconds: measure for about this long; every copy is run at least twice, however long that takes.
         cache: whether to look for the table on disk, and to keep it there.
         context: makes a context to measure in, such as ``lambda: torch.autocast("cuda")``.
-        measure: what measures, ``timing.measure_latency``.
+        measure: what measures, ``timing.measure_latency`` or what is called like it.
+        progress: wraps what is gone through, for a progress bar, see ``progress_bars``.
 
     Raises:
         ValueError: if there are no structures, or one has not been proven removable.
@@ -74,12 +77,21 @@ def measure_latency_table(
     families = _families(model, structures)
     variants = _variants(structures, families)
     models: dict[str, nn.Module] = {"dense": model}
-    for i, variant in enumerate(variants):
+    for i, variant in enumerate(progress(variants, "smaller copies")):
         if i == len(variants) // 2:
             models["dense again"] = model  # what every ratio is taken of is measured twice; the two show the noise
         models[str(i)] = narrowed_copy(model, structures, variant.counts)
     with tokens_off(), quantization_off():
-        times = measure(models, args, kwargs, repeats=101, warmup=1, max_seconds=seconds, context=context())
+        times = measure(
+            models,
+            args,
+            kwargs,
+            repeats=101,
+            warmup=1,
+            max_seconds=seconds,
+            context=context(),
+            progress=progress,
+        )
     table = _tabulate(structures, families, variants, times, key, device_name(model), call_in_words(args, kwargs))
     if cache:
         write_table(table)

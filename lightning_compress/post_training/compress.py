@@ -21,9 +21,9 @@ from lightning_compress.plan import PruningPlan
 from lightning_compress.post_training.calibration import Calibration, Call, Loss, at_rest, size_of
 from lightning_compress.post_training.criteria import Criterion, calibrated_scores, check_criterion
 from lightning_compress.post_training.products import readers
-from lightning_compress.post_training.progress import Progress, quiet
 from lightning_compress.post_training.repair import DAMPINGS, Repair, What, bias_of, repair_readers
 from lightning_compress.post_training.search import joint_scores, rearranged_plan
+from lightning_compress.progress import Progress, quiet
 from lightning_compress.report import CompressionReport, StructureCount, count_parameters, file_size, measure_latency
 from lightning_compress.structures import Structures, named_tensors
 from lightning_compress.surgery import SurgeryReport, apply_plan, silence_units
@@ -204,7 +204,7 @@ def compress_after_training(
         example: ``(args, kwargs)`` of the call that is traced, verified and, for a latency, measured. Default: two
             examples of the first batch.
         table: for a latency, what ``measure_latency_table`` returned.
-        progress: wraps iterables, for a progress bar: ``lambda items, what: tqdm(items, desc=what)``. Default: quiet.
+        progress: wraps iterables, for a progress bar: ``progress_bars``. Default: quiet.
 
     Raises:
         ValueError: for contradicting arguments, a loader that is empty, endless or gives NaN, batches without labels
@@ -238,7 +238,7 @@ def compress_after_training(
     clock.lap("data")
     args, kwargs = example_call("example", example) if example is not None else example_of(model, calibration)
     with torch.inference_mode(False):
-        structures = discover(model, args, kwargs, kinds=kinds, prove=True)
+        structures = discover(model, args, kwargs, kinds=kinds, prove=True, progress=progress)
         if not structures:
             raise ValueError(
                 f"Expected structures of kinds {tuple(kinds)} in {type(model).__name__}, but found none that can be "
@@ -251,7 +251,7 @@ def compress_after_training(
         clock.lap("")  # its parts are in its own seconds
         dense = copy.deepcopy(model)
         try:
-            surgery = apply_plan(model, prepared.plan, verify=(args, kwargs))
+            surgery = apply_plan(model, prepared.plan, verify=(args, kwargs), progress=progress)
         except BaseException:
             prepared.restore()
             raise
@@ -308,6 +308,7 @@ def prepare(
         scores=scores,
         round_to=settings.round_to,
         min_units=settings.min_units,
+        progress=progress,
         **options,
     )
     if settings.rearrange and matrices:

@@ -15,8 +15,8 @@ from lightning_compress.post_training.fisher import FisherAccumulator, frozen, s
 from lightning_compress.post_training.low_rank import LowRankSignificance
 from lightning_compress.post_training.moments import input_moments, output_metrics
 from lightning_compress.post_training.outputs import output_probes
-from lightning_compress.post_training.progress import Progress, quiet
 from lightning_compress.post_training.second_order import SecondOrder
+from lightning_compress.progress import Progress, quiet
 from lightning_compress.structures import Structure, named_tensors
 
 ROWS = 512  # of the inputs of a weight in one call: neighbouring tokens and pixels say little more

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_compress.post_training.calibration import Calibration, at_rest
 from lightning_compress.post_training.products import Product, ProductTap, names_of, readers
-from lightning_compress.post_training.progress import Progress, quiet
+from lightning_compress.progress import Progress, quiet
 from lightning_compress.structures import Structure
 
 

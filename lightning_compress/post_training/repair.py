@@ -25,7 +25,7 @@ from lightning_compress.post_training.calibration import Calibration, at_rest
 from lightning_compress.post_training.least_squares import Sums, scaled, whole
 from lightning_compress.post_training.lockstep import HaltedCall, Lockstep, OutOfStep
 from lightning_compress.post_training.products import Product, ProductTap, columns, matrix, names_of, readers
-from lightning_compress.post_training.progress import Progress, quiet
+from lightning_compress.progress import Progress, quiet
 from lightning_compress.structures import Structure, named_tensors, owner_path
 from lightning_compress.surgery import silence_units
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_compress.discovery.outputs import Output, flatten
 from lightning_compress.discovery.tracer import evaluation
 from lightning_compress.example_call import example_call
+from lightning_compress.progress import Progress, quiet
 from lightning_compress.quantization.conversion import DENSE, ConversionReport
 from lightning_compress.quantization.errors import QuantizationError
 from lightning_compress.quantization.inputs import detach_input_quantizers, input_quantizers
@@ -42,7 +43,13 @@ HOW = {
 
 
 def convert(
-    model: nn.Module, backend: str = "auto", example: object = None, tolerance: float = 0.05, seconds: float = 5.0
+    model: nn.Module,
+    backend: str = "auto",
+    example: object = None,
+    tolerance: float = 0.05,
+    seconds: float = 5.0,
+    *,
+    progress: Progress = quiet,
 ) -> ConversionReport:
     r"""Replace quantized weights by the integers that they stand for, in place; nothing is changed if it fails.
 
@@ -76,6 +83,7 @@ def convert(
         example: (args, kwargs) of a call; "auto" needs one, and other backends are compared and measured with one.
         tolerance: largest max |difference| / max |reference| of an output, against the prepared model.
         seconds: for measuring, about.
+        progress: wraps what is gone through, for a progress bar, see ``progress_bars``.
 
     Raises:
         QuantizationError: for a model with nothing quantized or converted before; "auto" without an example; an example
@@ -86,7 +94,7 @@ def convert(
     """
     _check_arguments(model, backend, example, tolerance, seconds)
     call = None if example is None else example_call("example", example)
-    plan, left = _planned(model, check_device=backend == "native")
+    plan, left = _planned(model, backend == "native", progress)
     native = _native(model, plan)
     if backend == "native":
         check_available()
@@ -97,7 +105,7 @@ def convert(
             )
     possible = _on_cpu(plan) and None in native.values() and reduced_range() is not None
     candidates = [backend] if backend != "auto" else [b for b in BACKENDS if b != "native" or possible]
-    trial = _Trial() if call is None else _tried(model, plan, candidates, call, seconds)
+    trial = _Trial() if call is None else _tried(model, plan, candidates, call, seconds, progress)
     chosen = candidates[0] if call is None else _fastest(trial, candidates, tolerance)
     before = sum(p.numel() * p.element_size() for p in model.parameters())
     ways = _install(model, plan, chosen)
@@ -167,12 +175,12 @@ def _check_arguments(model: nn.Module, backend: str, example: object, tolerance:
         )
 
 
-def _planned(model: nn.Module, check_device: bool) -> tuple[list[_Planned], dict[str, str]]:
+def _planned(model: nn.Module, check_device: bool, progress: Progress) -> tuple[list[_Planned], dict[str, str]]:
     """The integers of all weights that become some, and why the others do not."""
     parameters = dict(model.named_parameters())
     left = dict.fromkeys(parameters, "without a quantizer")
     found = []
-    for name, quantizing in weight_quantizers(model).items():
+    for name, quantizing in progress(weight_quantizers(model).items(), "integers of weights"):
         holders = [(path, module, key) for path, module, key in holders_of(model, quantizing)]
         _, first, own_key = holders[0]
         parameter = first._parameters[own_key]
@@ -252,6 +260,7 @@ def _tried(
     candidates: Sequence[str],
     call: tuple[tuple[Any, ...], dict[str, Any]],
     seconds: float,
+    progress: Progress,
 ) -> _Trial:
     """The candidates on the example: copies over the same weights, so that the model is left alone."""
     try:
@@ -262,13 +271,13 @@ def _tried(
         expected = _run(prepared, call)
         errors: dict[str, float] = {}
         layers: list[float] = []
-        for name in candidates:
+        for name in progress(candidates, "backends compared"):
             twins[name] = _twin(model)
             _install(twins[name], plan, name)
             with int8_compared(twins[name]) as layer_errors:
                 errors[name] = _difference(expected, _run(twins[name], call))
             layers += layer_errors
-        measured = measure_latency(twins, *call, repeats=101, max_seconds=seconds)
+        measured = measure_latency(twins, *call, repeats=101, max_seconds=seconds, progress=progress)
     except QuantizationError:
         raise
     except Exception as cause:  # whatever somebody's model raises

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_compress.discovery.tracer import evaluation
 from lightning_compress.example_call import example_call
+from lightning_compress.progress import Progress, as_long_as, quiet
 from lightning_compress.quantization.activations import ActivationQuantizer
 from lightning_compress.quantization.convert import convert
 from lightning_compress.quantization.errors import QuantizationError
@@ -121,7 +122,7 @@ def search_precision(
     objective: Objective = "bytes",
     thorough: bool = False,
     report: Callable[[nn.Module], Any] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = quiet,
     seconds: float = 0.2,
 ) -> PrecisionSearch:
     r"""Find the precision of every weight with which the loss of a trained model grows by ``tolerance`` at most.
@@ -148,7 +149,8 @@ def search_precision(
         thorough: in the forward search compute the sensitivities of all moves anew after each move: the square of the
             number of evaluations.
         report: computes something else of the three models, on examples that the search has not seen.
-        progress: called with evaluations done and expected.
+        progress: wraps what is gone through, for a progress bar, see ``progress_bars``. How many steps the search from
+            the cheapest takes is not known before.
         seconds: for measuring one layer, with objective "milliseconds".
 
     Raises:
@@ -159,26 +161,28 @@ def search_precision(
     """
     _check(model, tolerance, precisions, objective)
     args, kwargs = example_call("example", example)
-    kinds = weight_kinds(model, args, kwargs)
+    kinds = weight_kinds(model, args, kwargs, progress=progress)
     names = list(select_weights(kinds, precisions[0], modules))
     on_inputs = None if activations is None else activation_named(activations)
     with evaluation(model), _attached(model, kinds, names, precisions, on_inputs) as switch:
-        space = _Space(names, precisions, _costs(model, switch, names, precisions, objective, (args, kwargs), seconds))
+        costs = _costs(model, switch, names, precisions, objective, (args, kwargs), seconds, progress)
+        space = _Space(names, precisions, costs)
         moves = [(name, precision) for name in names for precision in space.ladder(name)]
-        judge = _Judge(switch, lambda: evaluate(model), progress, 2 + 3 * len(moves))
+        judge = _Judge(switch, lambda: evaluate(model))
         dense = judge({})
         limit = dense + tolerance
-        alone = {move: judge(dict([move])) - dense for move in moves}
+        alone = {move: judge(dict([move])) - dense for move in progress(moves, "sensitivities")}
         lowest = {name: space.ladder(name)[-1] for name in names if space.ladder(name)}
         cheapest = judge(lowest)
-        forward = _forward({}, moves, alone, space, judge, limit, thorough)
-        backward = _backward(lowest, cheapest, moves, alone, space, judge, limit)
+        search = _forward_anew if thorough else _forward
+        forward = search({}, moves, alone, space, judge, limit, progress)
+        backward = _backward(lowest, cheapest, moves, alone, space, judge, limit, progress)
         best = forward if backward is None else min(backward, forward, key=space.cost)
         three = {DENSE: {}, "cheapest": lowest, "found": best}
         losses = {name: judge(assignment) for name, assignment in three.items()}
         reported: dict[str, Any] = {}
         if report is not None:
-            for name, assignment in three.items():
+            for name, assignment in progress(three.items(), "report"):
                 switch(assignment)
                 reported[name] = report(model)
     return PrecisionSearch(
@@ -222,14 +226,8 @@ class _Space:
 class _Judge:
     """The loss of assignments, each computed once."""
 
-    def __init__(
-        self,
-        switch: Callable[[Assignment], None],
-        evaluate: Callable[[], float],
-        progress: Callable[[int, int], None] | None,
-        expected: int,
-    ) -> None:
-        self._switch, self._evaluate, self._progress, self._expected = switch, evaluate, progress, expected
+    def __init__(self, switch: Callable[[Assignment], None], evaluate: Callable[[], float]) -> None:
+        self._switch, self._evaluate = switch, evaluate
         self._known: dict[frozenset[Move], float] = {}
         self.done = 0
 
@@ -246,8 +244,6 @@ class _Judge:
                 )
             self._known[key] = math.inf if math.isnan(loss) else loss
             self.done += 1
-            if self._progress is not None:
-                self._progress(self.done, max(self._expected, self.done))
         return self._known[key]
 
 
@@ -258,19 +254,35 @@ def _forward(
     space: _Space,
     judge: _Judge,
     limit: float,
-    thorough: bool = False,
+    progress: Progress,
 ) -> dict[str, str]:
     """Moves by ascending harm per unit saved, each kept if the loss allows."""
+    now = dict(start)
+    for name, precision in progress(sorted(moves, key=lambda m: (alone[m] / space.saved(m), m)), "forward search"):
+        # only what makes a weight cheaper than it is
+        cheaper = space.costs[name, precision] < space.costs[name, now.get(name, DENSE)]
+        if cheaper and judge({**now, name: precision}) <= limit:
+            now[name] = precision
+    return now
+
+
+def _forward_anew(
+    start: Assignment,
+    moves: Sequence[Move],
+    alone: Mapping[Move, float],
+    space: _Space,
+    judge: _Judge,
+    limit: float,
+    progress: Progress,
+) -> dict[str, str]:
+    """The same with the harm of all moves that are left computed anew before each."""
     now, left = dict(start), list(moves)
-    harm = dict(alone)
-    while left:
-        # from here on only what makes a weight cheaper than it is
+    while True:
         left = [(n, p) for n, p in left if space.costs[n, p] < space.costs[n, now.get(n, DENSE)]]
-        if thorough and left:
-            base = judge(now)
-            harm = {move: judge({**now, move[0]: move[1]}) - base for move in left}
         if not left:
             break
+        base = judge(now)
+        harm = {m: judge({**now, m[0]: m[1]}) - base for m in progress(left, "sensitivities of the moves left")}
         move = min(left, key=lambda m: (harm[m] / space.saved(m), m))
         left.remove(move)
         if judge({**now, move[0]: move[1]}) <= limit:
@@ -286,10 +298,15 @@ def _backward(
     space: _Space,
     judge: _Judge,
     limit: float,
+    progress: Progress,
 ) -> dict[str, str] | None:
     """From the cheapest, weights by descending harm get the next precision, until the loss allows it."""
     now = dict(lowest)
-    while loss > limit:
+
+    def too_large() -> bool:
+        return loss > limit
+
+    for _ in progress(as_long_as(too_large), "backward search"):
         if not now:
             return None
         name = max(now, key=lambda n: (alone[n, now[n]] / space.saved((n, now[n])), n))
@@ -300,7 +317,7 @@ def _backward(
         else:
             del now[name]
         loss = judge(now)
-    return _forward(now, moves, alone, space, judge, limit)
+    return _forward(now, moves, alone, space, judge, limit, progress)
 
 
 # The model with all quantizers on it
@@ -353,13 +370,14 @@ def _costs(
     objective: Objective,
     call: tuple[tuple[Any, ...], dict[str, Any]],
     seconds: float,
+    progress: Progress,
 ) -> dict[Move, float]:
     """Of every weight in every precision."""
     weights: dict[str, WeightQuantizer] = weight_quantizers(model)
     parameters = dict(model.named_parameters())
     costs: dict[Move, float] = {}
     seen = _layer_inputs(model, names, call) if objective == "milliseconds" else {}
-    for name in names:
+    for name in progress(names, "costs of weights"):
         parameter = parameters[name]
         costs[name, DENSE] = float(parameter.numel() * parameter.element_size())
         for precision in precisions:

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_compress.discovery import trace_structures
 from lightning_compress.discovery.tracer import evaluation
+from lightning_compress.progress import Progress, quiet
 from lightning_compress.quantization.activations import ActivationQuantizer, DynamicRange, LearnedRange
 from lightning_compress.quantization.errors import QuantizationError
 from lightning_compress.quantization_switch import quantization_off
@@ -73,7 +74,13 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
             yield from _tensors(value)
 
 
-def weight_kinds(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> dict[str, str]:
+def weight_kinds(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    progress: Progress = quiet,
+) -> dict[str, str]:
     """What the weights of a model do in one call of it: kinds by names of parameters.
 
     "attention": they make queries, keys, values or the output of attention; "ffn": of feed-forward units; "channel": of
@@ -86,9 +93,10 @@ def weight_kinds(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str
         model: any module; it is left as it was.
         args: positional arguments of one call.
         kwargs: its keyword arguments.
+        progress: wraps what is gone through, as in ``discover``.
     """
     kwargs = dict(kwargs or {})
-    structures = trace_structures(model, args, kwargs)
+    structures = trace_structures(model, args, kwargs, progress=progress)
     owned: dict[str, str] = {}
     for structure in structures:
         kind = OF_STRUCTURES.get(structure.kind)

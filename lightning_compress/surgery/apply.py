@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_compress.example_call import example_call
 from lightning_compress.plan import PruningPlan
+from lightning_compress.progress import Progress, quiet
 from lightning_compress.quantization.weights import Suspended, suspended
 from lightning_compress.structures import Edit, Structure, Tier, is_inside, named_tensors
 from lightning_compress.surgery.calibration import calibrate
@@ -98,6 +99,7 @@ def apply_plan(
     *,
     tolerance: float = TOLERANCE,
     unverified: bool = False,
+    progress: Progress = quiet,
 ) -> SurgeryReport:
     """Remove the units that ``plan`` does not keep, in place, or raise and leave everything as it was.
 
@@ -118,6 +120,7 @@ def apply_plan(
         tolerance: largest error that counts as equal.
         unverified: replay also a plan that was never verified, if every structure of it carries its tier, as after
             ``prove``. A proof removes some units, and what is right for their number may be wrong for another.
+        progress: wraps what is gone through to verify it, for a progress bar, see ``progress_bars``.
 
     Returns:
         What was done; its plan replays without a search.
@@ -132,7 +135,7 @@ def apply_plan(
     plan.check(model)
     call = None if verify is None else example_call("verify", verify)
     with suspended(model) as quantizers:
-        return _applied(model, plan, tuple(optimizers), call, tolerance, unverified, quantizers)
+        return _applied(model, plan, tuple(optimizers), call, tolerance, unverified, quantizers, progress)
 
 
 def _applied(
@@ -143,6 +146,7 @@ def _applied(
     tolerance: float,
     unverified: bool,
     quantizers: Suspended,
+    progress: Progress,
 ) -> SurgeryReport:
     started = time.perf_counter()
     args, kwargs = ((), {}) if verify is None else verify
@@ -178,9 +182,9 @@ def _applied(
         renumbering: Renumbering | None = None
         ran = False
         if verify is not None and removals:
-            removals, perturbed_error = _find_ways(model, plan.structures, removals, args, kwargs, tolerance)
+            removals, perturbed_error = _find_ways(model, plan.structures, removals, args, kwargs, tolerance, progress)
             renumbering = Renumbering(model, removals, args, kwargs)
-            reference = _zeroed_outputs(model, outside(removals), args, kwargs)
+            reference = _zeroed_outputs(model, outside(removals), args, kwargs, progress)
             ran = _failure(model, args, kwargs) is None
             kept = once(kept_axes(outside(removals)), tensors)  # a way may leave some tensors whole
         names = {r.structure.name for r in removals}
@@ -192,9 +196,10 @@ def _applied(
             left = {id(tensor) for tensor in named_tensors(model).values()}
             leave(optimizers, [tensor for tensor in gone.values() if id(tensor) not in left])
         if renumbering is not None:
-            error = _final_error(model, reference, renumbering, [r.structure.name for r in removals], args, kwargs)
+            gone_names = [r.structure.name for r in removals]
+            error = _final_error(model, reference, renumbering, gone_names, args, kwargs, progress)
             _check_error(error, tolerance)
-            failure = _failure(model, *renumbering.inputs(args, kwargs, [r.structure.name for r in removals]))
+            failure = _failure(model, *renumbering.inputs(args, kwargs, gone_names))
             if ran and failure is not None:
                 raise SurgeryError(
                     "Expected the smaller model to run in its own precision as the original does, but it raised "
@@ -227,12 +232,16 @@ def _find_ways(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     tolerance: float,
+    progress: Progress,
 ) -> tuple[list[Removal], float]:
     """Every removal with its way, and the error of all of them together on perturbed weights."""
     buffers = {p for r in removals for p in r.structure.parameters}
-    with DoubleWeights(model, perturbed=True, buffers=buffers), Rehearsal(model) as rehearsal:
+    with (
+        DoubleWeights(model, perturbed=True, buffers=buffers, progress=progress),
+        Rehearsal(model) as rehearsal,
+    ):
         calibrate(rehearsal, model, args, kwargs)
-        bench = Workbench(rehearsal, model, structures, removals, args, kwargs, tolerance)
+        bench = Workbench(rehearsal, model, structures, removals, args, kwargs, tolerance, progress)
         ways, failures = bench.resolve()
         if failures:
             name, reason = next(iter(failures.items()))
@@ -260,9 +269,13 @@ def _whole(removal: Removal, way: Removal | None, removals: Sequence[Removal]) -
 
 
 def _zeroed_outputs(
-    model: nn.Module, removals: Sequence[Removal], args: Sequence[Any], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    removals: Sequence[Removal],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    progress: Progress,
 ) -> Outputs:
-    with DoubleWeights(model), Rehearsal(model) as rehearsal:
+    with DoubleWeights(model, progress=progress), Rehearsal(model) as rehearsal:
         zero_positions(named_tensors(model), zeroed_axes(removals))
         with silence(dict(model.named_modules()), removals):
             return rehearsal.reference(args, kwargs)
@@ -275,8 +288,9 @@ def _final_error(
     gone: Sequence[str],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
+    progress: Progress,
 ) -> float:
-    with DoubleWeights(model), Rehearsal(model) as rehearsal:
+    with DoubleWeights(model, progress=progress), Rehearsal(model) as rehearsal:
         try:
             new_args, new_kwargs = renumbering.inputs(args, kwargs, gone)
             outputs = rehearsal.run(model, new_args, new_kwargs)

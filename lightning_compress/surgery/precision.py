@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_compress.discovery.outputs import flatten
+from lightning_compress.progress import Progress, quiet
 
 DOUBLE = {
     torch.float16: torch.float64,
@@ -161,18 +162,28 @@ class DoubleWeights:
         perturbed: whether to add noise to all parameters and to ``buffers``: a tenth of their root mean square plus
             half of a usual initialisation. Deterministic, and free of random number state.
         buffers: names of the buffers to perturb too (by a positive amount, as variances must stay positive).
+        progress: shows the parameters.
     """
 
-    def __init__(self, model: nn.Module, *, perturbed: bool = False, buffers: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        perturbed: bool = False,
+        buffers: Collection[str] = (),
+        progress: Progress = quiet,
+    ) -> None:
         self._model = model
         self._perturbed = perturbed
+        self._progress = progress
         self._noisy_buffers = frozenset(buffers)
         self._saved: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def __enter__(self) -> DoubleWeights:
         noise = torch.randn(8191, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         try:
-            for number, (_, parameter) in enumerate(self._model.named_parameters()):
+            parameters = list(self._model.parameters())
+            for number, parameter in enumerate(self._progress(parameters, "weights in float64")):
                 self._exchange(parameter, noise.roll(number * 97) if self._perturbed else None)
             for number, (name, buffer) in enumerate(self._model.named_buffers()):
                 noisy = self._perturbed and name in self._noisy_buffers

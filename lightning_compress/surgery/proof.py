@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_compress.discovery.tracer import output_tensors
+from lightning_compress.progress import Progress, quiet
 from lightning_compress.quantization.weights import suspended
 from lightning_compress.structures import ModuleEdit, Pinned, Structure, Structures, named_tensors
 from lightning_compress.surgery.apply import TOLERANCE
@@ -35,6 +36,7 @@ def prove(
     kwargs: Mapping[str, Any] | None = None,
     *,
     tolerance: float = TOLERANCE,
+    progress: Progress = quiet,
 ) -> Structures:
     """Find for every structure how it can be removed; ``model`` is left exactly as it was.
 
@@ -48,6 +50,7 @@ def prove(
         args: positional arguments of one short example call.
         kwargs: its keyword arguments.
         tolerance: largest error that counts as equal.
+        progress: wraps what is gone through, for a progress bar.
 
     Returns:
         The structures that can go, with ``tier`` and ``edits`` filled in for any kept count; the others are pinned,
@@ -60,11 +63,15 @@ def prove(
     check_plain(model)
     check_values(model, "the proof of a removal")
     with suspended(model):
-        return _proven(model, structures, (tuple(args), dict(kwargs or {})), tolerance)
+        return _proven(model, structures, (tuple(args), dict(kwargs or {})), tolerance, progress)
 
 
 def _proven(
-    model: nn.Module, structures: Structures, call: tuple[tuple[Any, ...], dict[str, Any]], tolerance: float
+    model: nn.Module,
+    structures: Structures,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    tolerance: float,
+    progress: Progress,
 ) -> Structures:
     pinned: list[Pinned] = list(structures.pinned)
     removals = []
@@ -83,42 +90,52 @@ def _proven(
     # what lies inside a module that goes could not be looked at at the same time
     for group in ([r for r in removals if not r.structure.members], [r for r in removals if r.structure.members]):
         if group:
-            found, failures = _prove_together(model, group, *call, tolerance)
+            found, failures = _prove_together(model, group, *call, tolerance, progress)
             ways.update(found)
             pinned += [_pin(structures[name], reason) for name, reason in failures.items()]
     layers = [s for s in structures if s.kind == LAYER]
     if layers:
-        found, failures = _prove_layers(model, layers, *call, tolerance)
+        found, failures = _prove_layers(model, layers, *call, tolerance, progress)
         ways.update(found)
         pinned += [_pin(structures[name], reason) for name, reason in failures.items()]
     return structures.rebuilt((ways[s.name].structure for s in structures if s.name in ways), pinned)
 
 
 def _prove_together(
-    model: nn.Module, removals: Sequence[Removal], args: Sequence[Any], kwargs: Mapping[str, Any], tolerance: float
+    model: nn.Module,
+    removals: Sequence[Removal],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    tolerance: float,
+    progress: Progress,
 ) -> tuple[dict[str, Removal], dict[str, str]]:
     """Ways in which ``removals`` go together, and the reasons of those without."""
     try:
-        return _resolved(model, removals, args, kwargs, tolerance)
+        return _resolved(model, removals, args, kwargs, tolerance, progress)
     except NotFinite:
-        finite = _finite_together(model, removals, args, kwargs)
-        ways, failures = _resolved(model, finite, args, kwargs, tolerance) if finite else ({}, {})
+        finite = _finite_together(model, removals, args, kwargs, progress)
+        ways, failures = _resolved(model, finite, args, kwargs, tolerance, progress) if finite else ({}, {})
         failures.update({r.structure.name: UNDEFINED for r in removals if r not in finite})
         return ways, failures
 
 
 def _resolved(
-    model: nn.Module, removals: Sequence[Removal], args: Sequence[Any], kwargs: Mapping[str, Any], tolerance: float
+    model: nn.Module,
+    removals: Sequence[Removal],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    tolerance: float,
+    progress: Progress,
 ) -> tuple[dict[str, Removal], dict[str, str]]:
-    with _dry_run(model, removals) as rehearsal:
+    with _dry_run(model, removals, progress) as rehearsal:
         known = [r.structure for r in removals]
         calibrate(rehearsal, model, args, kwargs)
-        ways, failures = Workbench(rehearsal, model, known, removals, args, kwargs, tolerance).resolve()
+        ways, failures = Workbench(rehearsal, model, known, removals, args, kwargs, tolerance, progress).resolve()
         # what holds for one unit by chance need not hold for many
         many = [replace(way, kept=_half(way)) for way in ways.values()]
         with suppress(NotFinite):
             if many:
-                ways, others = Workbench(rehearsal, model, known, many, args, kwargs, tolerance).resolve()
+                ways, others = Workbench(rehearsal, model, known, many, args, kwargs, tolerance, progress).resolve()
                 failures |= others
         return ways, failures
 
@@ -130,14 +147,18 @@ def _half(way: Removal) -> tuple[int, ...]:
 
 
 def _finite_together(
-    model: nn.Module, removals: Sequence[Removal], args: Sequence[Any], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    removals: Sequence[Removal],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    progress: Progress,
 ) -> list[Removal]:
     """Removals that, zeroed together, leave the outputs defined; raises NotFinite if they are not to begin with."""
     finite: list[Removal] = []
-    with _dry_run(model, removals) as rehearsal:
+    with _dry_run(model, removals, progress) as rehearsal:
         tensors = named_tensors(model)
         rehearsal.reference(args, kwargs)
-        for removal in removals:
+        for removal in progress(removals, "removals without NaN"):
             saved = {p: tensors[p].data for p in removal.structure.parameters}
             for name, data in saved.items():
                 tensors[name].data = data.clone()
@@ -152,27 +173,32 @@ def _finite_together(
 
 
 @contextmanager
-def _dry_run(model: nn.Module, removals: Sequence[Removal]) -> Iterator[Rehearsal]:
+def _dry_run(model: nn.Module, removals: Sequence[Removal], progress: Progress) -> Iterator[Rehearsal]:
     """The model with perturbed weights in float64, to be left as it was."""
     buffers = {p for r in removals for p in r.structure.parameters}
     with (
         torch.inference_mode(False),
         torch.no_grad(),
         Transaction(model.modules()),
-        DoubleWeights(model, perturbed=True, buffers=buffers),
+        DoubleWeights(model, perturbed=True, buffers=buffers, progress=progress),
         Rehearsal(model) as rehearsal,
     ):
         yield rehearsal
 
 
 def _prove_layers(
-    model: nn.Module, layers: Sequence[Structure], args: Sequence[Any], kwargs: Mapping[str, Any], tolerance: float
+    model: nn.Module,
+    layers: Sequence[Structure],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    tolerance: float,
+    progress: Progress,
 ) -> tuple[dict[str, Removal], dict[str, str]]:
     """The way of each layer, found alone, and the reasons of those without; then all go that can go together."""
     removals = [Removal(replace(s, tier=None), ()) for s in layers]
     ways: dict[str, Removal] = {}
     failures: dict[str, str] = {}
-    with _dry_run(model, ()) as rehearsal:
+    with _dry_run(model, (), progress) as rehearsal:
         rehearsal.reference(args, kwargs)  # what is wrong with the call itself is no layer's fault
         calibrate(rehearsal, model, args, kwargs)
 
@@ -180,7 +206,7 @@ def _prove_layers(
             return Workbench(rehearsal, model, layers, chosen, args, kwargs, tolerance)
 
         hints: dict[str, Structure] = {}
-        for removal in removals:
+        for removal in progress(removals, "layers"):
             try:
                 bench = workbench([removal])
             except SurgeryError as error:

@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_compress.progress import Progress, phase, quiet
 from lightning_compress.structures import CoreEdit, Edit, ShimEdit, Slice, Structure, Tier, named_tensors, owner_path
 from lightning_compress.surgery.attributes import (
     Candidate,
@@ -64,6 +65,14 @@ class Call:
     outputs: Outputs
 
 
+@dataclass
+class _Family:
+    """Look-alike structures: the way that was found last, and why the others do not go."""
+
+    found: Found | None = None
+    refusals: Counter[str] = field(default_factory=Counter)
+
+
 class Workbench:
     """Attempts at the removal of units from one model, which must be in double precision (``DoubleWeights``).
 
@@ -75,6 +84,7 @@ class Workbench:
         args: positional arguments of the example call.
         kwargs: its keyword arguments.
         tolerance: largest error that counts as equal.
+        progress: shows the structures whose ways are looked for.
     """
 
     def __init__(
@@ -86,6 +96,7 @@ class Workbench:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         tolerance: float,
+        progress: Progress = quiet,
     ) -> None:
         self.model = model
         self._rehearsal = rehearsal
@@ -94,6 +105,7 @@ class Workbench:
         self.removals = {r.structure.name: r for r in removals}
         self.counts = {s.name: float(s.units) for s in self.structures.values()}
         self.tolerance = tolerance
+        self._progress = progress
         self.modules = dict(model.named_modules())
         self.tensors = named_tensors(model)
         self._owners: dict[int, list[str]] = {}
@@ -562,25 +574,30 @@ class Workbench:
         """Ways of all removals that work together, and the reasons for those without one."""
         ways = {name: r for name, r in self.removals.items() if r.structure.tier is not None}
         failures: dict[str, str] = {}
-        groups: dict[Any, list[Removal]] = {}
+        groups: dict[Any, list[tuple[_Family, Removal]]] = {}
         for removal in self.removals.values():
             if removal.structure.tier is None and removal.structure.kind != LAYER:
-                groups.setdefault(self._signature(removal.structure), []).append(removal)
-        for group in groups.values():
-            self._resolve_group(group, ways, failures)
+                group = groups.setdefault(self._signature(removal.structure), [])
+                group.append((group[0][0] if group else _Family(), removal))
+        unknown = [member for group in groups.values() for member in group]
+        for family, removal in self._progress(unknown, "ways of removal") if unknown else ():
+            self._resolve_member(family, removal, ways, failures)
         ways = harmonised(ways)
-        if ways and self.attempt(list(ways.values())) is not None:
+        if ways and not self._fit_together(list(ways.values())):
             self._resolve_one_by_one(ways, failures)
         self._resolve_layers(ways, failures)
         return frozen_shims(ways), failures
 
+    def _fit_together(self, ways: Sequence[Removal]) -> bool:
+        with phase(self._progress, "removal of all together"):
+            return self.attempt(ways) is None
+
     def _resolve_layers(self, ways: dict[str, Removal], failures: dict[str, str]) -> None:
         """Add the layers, one after the other, behind everything else."""
         known: dict[str, Structure] = {}
-        for name, removal in self.removals.items():
-            structure = removal.structure
-            if structure.kind != LAYER or structure.tier is not None:
-                continue
+        layers = [r for r in self.removals.values() if r.structure.kind == LAYER and r.structure.tier is None]
+        for removal in self._progress(layers, "layers") if layers else ():
+            structure, name = removal.structure, removal.structure.name
             if not self.influences(structure, ""):
                 failures[name] = NO_INFLUENCE
                 continue
@@ -593,34 +610,33 @@ class Workbench:
                 known[stack] = found
                 ways[name] = replace(removal, structure=found)
 
-    def _resolve_group(self, group: Sequence[Removal], ways: dict[str, Removal], failures: dict[str, str]) -> None:
-        found: Found | None = None
-        refusals: Counter[str] = Counter()
-        for removal in group:
-            name = removal.structure.name
-            way = None if found is None else self.as_like(found, removal)
-            if found is not None and way is not None:
-                # where the first of them could be run alone, so can this one
-                local = self._place(removal.structure) if self._place_to_try(found.structure) else ""
-                if self.influences(removal.structure, local if local in self._calls else ""):
-                    ways[name] = way
-                    continue
-            if refusals and max(refusals.values()) > 1:  # look-alikes failed alike: the others would, too
-                failures[name] = refusals.most_common(1)[0][0]
-                continue
-            result = self.find(removal)
-            if isinstance(result, Found):
-                found = result
-                ways[name] = replace(removal, structure=result.structure)
-            else:
-                failures[name] = result
-                refusals[result] += result != NO_INFLUENCE
+    def _resolve_member(
+        self, family: _Family, removal: Removal, ways: dict[str, Removal], failures: dict[str, str]
+    ) -> None:
+        name, found = removal.structure.name, family.found
+        way = None if found is None else self.as_like(found, removal)
+        if found is not None and way is not None:
+            # where the first of them could be run alone, so can this one
+            local = self._place(removal.structure) if self._place_to_try(found.structure) else ""
+            if self.influences(removal.structure, local if local in self._calls else ""):
+                ways[name] = way
+                return
+        if family.refusals and max(family.refusals.values()) > 1:  # look-alikes failed alike: the others would, too
+            failures[name] = family.refusals.most_common(1)[0][0]
+            return
+        result = self.find(removal)
+        if isinstance(result, Found):
+            family.found = result
+            ways[name] = replace(removal, structure=result.structure)
+        else:
+            failures[name] = result
+            family.refusals[result] += result != NO_INFLUENCE
 
     def _resolve_one_by_one(self, ways: dict[str, Removal], failures: dict[str, str]) -> None:
         """Add structures one after the other; one that does not fit gets another way, or goes to ``failures``."""
         pending = dict(ways)
         accepted: dict[str, Removal] = {}
-        for name, way in pending.items():
+        for name, way in self._progress(pending.items(), "removal one by one"):
             reason = self.attempt(list(harmonised({**accepted, name: way}).values()))
             if reason is not None:
                 reason, way = self._other_way(way, accepted, reason)

@@ -8,7 +8,7 @@ only.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_compress.progress import Progress, quiet, steps
 from lightning_compress.surgery.errors import SurgeryError
 from lightning_compress.surgery.precision import DoubleWeights
 from lightning_compress.surgery.verify import Mismatch, Outputs, Rehearsal, difference
@@ -81,6 +82,8 @@ def prove_tokens(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     protected: tuple[int, ...] | None = None,
+    *,
+    progress: Progress = quiet,
 ) -> ProvenTokens:
     """Find the stack of ``model`` and prove that tokens can leave it.
 
@@ -91,6 +94,8 @@ def prove_tokens(
         args: positional arguments of an example.
         kwargs: keyword arguments of an example.
         protected: positions that will always stay; None for the first, and single ones that the model reads.
+        progress: wraps what is gone through, for a progress bar, see ``progress_bars``. How many
+            runs the proof takes is not known before.
 
     Raises:
         TokenPruningError: if there is no stack, or gathering is not masking; the message says where and why.
@@ -101,13 +106,17 @@ def prove_tokens(
         raise TokenPruningError(
             "Expected a model without token pruning, but it has a runtime. Call remove_tokens first."
         )
-    with DoubleWeights(model, perturbed=True), Rehearsal(model, tokens=True) as rehearsal:
+    with (
+        DoubleWeights(model, perturbed=True, progress=progress),
+        Rehearsal(model, tokens=True) as rehearsal,
+        steps(progress, "runs with pruned tokens") as step,
+    ):
         stack, tails = _find(rehearsal, model, args, kwargs)
         try:
             full = rehearsal.reference(args, kwargs)
         except SurgeryError as failure:
             raise TokenPruningError(str(failure)) from failure
-        trial = _Trial(rehearsal, model, args, kwargs, (0,) if protected is None else protected)
+        trial = _Trial(rehearsal, model, args, kwargs, (0,) if protected is None else protected, step)
         trial.check_tap(stack, full)
         read, trial.pooled = trial.read(stack)
         if protected is None and read is not None:
@@ -150,7 +159,9 @@ class _Trial:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         protected: tuple[int, ...],
+        step: Callable[[], None],
     ) -> None:
+        self.step = step
         self.rehearsal, self.model, self.args, self.kwargs, self.protected = rehearsal, model, args, kwargs, protected
         self.pooled = False
         self.real: Tensor | None = None  # bool (batch, tokens), which tokens of the example are no padding; None: all
@@ -177,6 +188,7 @@ class _Trial:
             first = active & (active.cumsum(1) == 1)
             return table | (first & ~(table & active).any(1, keepdim=True))
 
+        self.step()
         with self.installed(stack, mode, scatter) as runtime:
             runtime.decide = decide
             return self.rehearsal.run(self.model, self.args, self.kwargs)

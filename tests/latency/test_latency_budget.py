@@ -12,6 +12,7 @@ from lightning_compress import BudgetWarning, LatencyTable, apply_plan, discover
 from lightning_compress.budget import plan_for_latency
 from lightning_compress.latency import LatencyGoal, measure_latency_table
 from lightning_compress.latency.loop import ROUNDS, next_estimate
+from lightning_compress.progress import quiet
 from tests.latency.fake import CALL, Clock, Stack, linear, proven, steps_of_8
 
 EXAMPLE = (CALL, {})
@@ -191,7 +192,7 @@ def test_make_plan_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_compress.budget.measure_latency", clock)
     made = make_plan(model, proven(model), latency=0.5, example=EXAMPLE, seconds=7.0)
     assert (20 + sum(made.counts.values())) / 532 == pytest.approx(0.5, rel=0.025)
-    assert table_clock == [{"seconds": 7.0}]
+    assert table_clock == [{"seconds": 7.0, "progress": quiet}]
     assert make_plan(model, proven(model), latency=1.0, example=EXAMPLE).is_empty
 
 

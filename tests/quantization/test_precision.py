@@ -27,6 +27,7 @@ from lightning_compress.quantization import (
 )
 from lightning_compress.quantizers import Uniform, quantizer_named
 from lightning_compress.timing import Latency
+from tests.recorded import Recorded
 
 NAMES = ("a.weight", "b.weight", "c.weight")
 
@@ -182,11 +183,25 @@ def test_milliseconds_are_those_of_layers_that_multiply_integers(monkeypatch: py
     assert found.costs == {"float32": 7.0, "cheapest": 3.5, "found": 3.5}
 
 
-def test_progress_is_told() -> None:
-    told: list[tuple[int, int]] = []
-    found, _ = searched(dict.fromkeys(NAMES, 1.0), 1e9, progress=lambda done, of: told.append((done, of)))
-    assert [done for done, _ in told] == list(range(1, found.evaluations + 1))
-    assert all(done <= of for done, of in told)
+@pytest.mark.parametrize("thorough", [False, True])
+def test_progress_is_told(thorough: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    importance = {"a.weight": 1.0, "b.weight": 30.0, "c.weight": 1e9}
+    loss = Errors(Three(), importance)
+    allowed = 1.01 * (loss.of("a.weight", "int4") + loss.of("b.weight", "int8") + loss.of("c.weight", "int16"))
+    options: dict[str, Any] = {"precisions": ("int16", "int8", "int4"), "thorough": thorough, "report": str}
+    recorded = Recorded()
+    found, _ = searched(importance, allowed, progress=recorded, **options)
+    assert found == searched(importance, allowed, **options)[0]
+    assert len(recorded.of("operations traced")) == 1
+    assert recorded.of("costs of weights") == [(3, 3)]
+    assert recorded.of("sensitivities") == [(9, 9)]
+    assert recorded.of("report") == [(3, 3)]
+    ((length, steps),) = recorded.of("backward search")
+    assert length is None and 1 <= steps <= 9
+    assert recorded.of("forward search") == [(9, 9)] * (1 if thorough else 2)  # the second after the backward search
+    lengths = [length or 0 for length, _ in recorded.of("sensitivities of the moves left")]
+    assert lengths == (sorted(set(lengths), reverse=True) if thorough else [])
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_loss_that_fails_leaves_the_model_alone() -> None:
