@@ -22,8 +22,6 @@ feed-forward units, on sentences of 128 tokens.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 import time
 from dataclasses import dataclass
@@ -200,7 +198,7 @@ def table() -> None:
 
 
 def latency(threads: int, folder: str, repeats: int = 31, seconds: float = 30.0) -> None:
-    """Time of the models of one seed, dense and after a removal by `fisher`, interleaved."""
+    """Time of the models of one seed, dense and after a removal by `outputs`, interleaved."""
     torch.set_num_threads(threads)
     data = tokens.text_data("mrpc", folder, 0, BATCH)
 
@@ -210,7 +208,7 @@ def latency(threads: int, folder: str, repeats: int = 31, seconds: float = 30.0)
     models = {"dense": dense()}
     for size in sorted(SIZES, reverse=True):
         models[f"{size:g}"] = dense()
-        options = {**METHODS["fisher"], "batches": 4, "call": logits, "example": (sst2.example(), {})}
+        options = {**METHODS["outputs"], "batches": 4, "call": logits, "example": (sst2.example(), {})}
         compress_after_training(models[f"{size:g}"], data.train_dataloader(), macs=size, **options)
     cells = {}
     for batch in (1, 32):
@@ -222,7 +220,7 @@ def latency(threads: int, folder: str, repeats: int = 31, seconds: float = 30.0)
     record = {
         "command": f"python benchmarks/post_training.py --latency --threads {threads}",
         "versions": {name: version(name) for name in ("torch", "transformers")},
-        "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "machine": side_by_side.machine(),
         "threads": threads,
         "cells": cells,
     }
