@@ -182,15 +182,6 @@ def in_runtimes(model: nn.Module, examples: Any, folder: Path) -> Found:
     return {name: (loaded(files[name]), sizes[name].stat().st_size) for name in files}
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, data: Any) -> dict[str, float]:
-    """On test examples."""
-    batches = data.loader("test", tokens.by_length(data, "test"))
-    return tokens.scores_of(
-        torch.cat([torch.stack([quantization.answers(model, b).argmax(-1), b["labels"]]) for b in batches], 1)
-    )
-
-
 def candidates(run: Run, data: Any, texts: str) -> tuple[Found, dict[str, Any]]:
     """Everything that is compared, with bytes, and what the searches found; models stay in the folder of the run."""
     alone = tokens.text_data(run.dataset, texts, run.seed, batch=1)
@@ -228,7 +219,9 @@ def compare(run: Run, folder: str) -> dict[str, Any]:
         raise SystemExit(f"{run.name} needs dense weights: python benchmarks/tokens.py --method dense first.")
     data = tokens.text_data(run.dataset, folder, run.seed, post_training.BATCH)
     found, notes = candidates(run, data, folder)
-    rows = {name: {"test": accuracy(model, data), "bytes": size} for name, (model, size) in found.items()}
+    rows = {
+        name: {**quantization.accuracy(model, data, ("test",)), "bytes": size} for name, (model, size) in found.items()
+    }
     return {"rows": rows, "searches": notes, "accuracy": {n: r["test"]["accuracy"] for n, r in rows.items()}}
 
 

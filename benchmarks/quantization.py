@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
@@ -166,9 +166,7 @@ def train(run: Run, folder: str) -> dict[str, Any]:
         rate = GENTLE if run.variant.startswith("int8") else tokens.RATE
         module = sst2.new_module(tokens.Taught, lr=rate, weights=run.dense.dense_weights)
         if run.variant.startswith("int8"):
-            without_dropout(
-                module
-            )  # eight bits only have to follow their teacher; nothing is learned that could overfit
+            without_dropout(module)  # eight bits only have to follow their teacher: there is nothing to overfit
         module.teacher = [tokens.Teacher(run.dense, data)]
         module.model.encoder.embeddings.requires_grad_("embedding" in (settings.get("modules") or ()))
         callback = QuantizationAwareTraining(module="model", **settings)
@@ -215,6 +213,18 @@ def answers(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return output.logits  # type: ignore[no-any-return]
     first = next(iter(output.values())) if hasattr(output, "values") else output[0]
     return torch.from_numpy(first)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Any, names: Sequence[str] = ("dev", "test")) -> dict[str, Any]:
+    """On dev, test and both; also of a file in a runtime."""
+    found, every = {}, []
+    for name in names:
+        split = "validation" if name == "dev" else name
+        batches = data.loader(split, tokens.by_length(data, split))
+        every.append(torch.cat([torch.stack([answers(model, b).argmax(-1), b["labels"]]) for b in batches], 1))
+        found[name] = tokens.scores_of(every[-1])
+    return found | {"pooled": tokens.scores_of(torch.cat(every, 1))}
 
 
 def ways(folder: Path) -> Iterator[tuple[str, nn.Module, int]]:
