@@ -253,9 +253,10 @@ def _on_grid(inputs: Tensor, least: Tensor, most: Tensor, steps: int, largest: i
     factor, moved = 1 / scale, zero
     if inputs.device.type == "cpu":  # where the kernel multiplies and adds with a single rounding
         inputs, factor, moved = inputs.double(), factor.double(), zero.double()
-    integers = (inputs * factor + moved).to(scale.dtype).round()
+    integers = (inputs * factor).add_(moved).to(scale.dtype).round_()
     kept = integers.clamp(0, largest)
-    return (kept - zero) * scale, integers == kept
+    passes = integers == kept
+    return kept.sub_(zero).mul_(scale), passes
 
 
 def _scale_and_zero(least: Tensor, most: Tensor, steps: int) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,8 @@ class LearnedStep(Quantizer):
         if step is None:
             raise ValueError("Expected the step of LearnedStep, but got none: begin with first_step(weight).")
         grid = Grid(*self.ends, step.detach().to(blocks.dtype).clamp(min=LEAST))
-        return Rounded(grid, grid.nearest(blocks), grid.inside(grid.positions(blocks)))
+        positions, inside = grid.cut(grid.positions(blocks))
+        return Rounded(grid, positions.round_(), inside)
 
     def __call__(self, weight: Tensor, generator: torch.Generator | None = None, step: Tensor | None = None) -> Tensor:
         """The weight with the values of the grid, and gradients for it and for its step; see ``Quantizer``."""
@@ -106,11 +107,12 @@ class _LearnedStep(torch.autograd.Function):
         values, step = ctx.saved_tensors
         (gradient,) = gradients
         low, high = ctx.ends
-        positions = values / step.clamp(min=LEAST)
-        inside = (positions >= low) & (positions <= high)
-        by_step = torch.where(inside, positions.round() - positions, positions.clamp(low, high))
+        grid = Grid(low, high, step.clamp(min=LEAST))
+        positions = grid.positions(values)
+        cut, inside = grid.cut(positions)
+        by_step = cut.round_().sub_(positions.masked_fill_(~inside, 0))  # the ends where something was cut off
         share = 1 / math.sqrt(max(1, values.shape[1]) * high)
-        of_step = share * (gradient * by_step).sum(1, keepdim=True)
+        of_step = share * by_step.mul_(gradient).sum(1, keepdim=True)
         return gradient * inside, of_step, None, None
 
 

@@ -29,20 +29,21 @@ class Grid:
     def positions(self, blocks: Tensor) -> Tensor:
         """Where values (blocks, elements) lie, in units of the scale from the integer 0; 0 where the scale is 0."""
         moved = blocks if self.offset is None else blocks - self.offset
-        return torch.where(self.scale > 0, moved / torch.where(self.scale > 0, self.scale, 1), 0)
+        return moved / torch.where(self.scale > 0, self.scale, torch.inf)  # 0 without another pass over the blocks
 
     def nearest(self, blocks: Tensor) -> Tensor:
         """The integers whose values are nearest, (blocks, elements)."""
-        return self.positions(blocks).round().clamp(self.low, self.high)
+        return self.positions(blocks).round_().clamp_(self.low, self.high)
 
     def values(self, integers: Tensor) -> Tensor:
         """The values of integers (blocks, elements)."""
         values = integers.to(self.scale.dtype) * self.scale
         return values if self.offset is None else values + self.offset
 
-    def inside(self, positions: Tensor) -> Tensor:
-        """Bool: which positions are not cut off at the ends."""
-        return (positions >= self.low) & (positions <= self.high)
+    def cut(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions cut off at the ends, and bool: which lay between them."""
+        cut = positions.clamp(self.low, self.high)
+        return cut, cut == positions
 
 
 @dataclass(frozen=True, eq=False)

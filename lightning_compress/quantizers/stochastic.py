@@ -83,13 +83,13 @@ class Stochastic(Quantizer):
         else:
             largest = blocks.abs().amax(1, keepdim=True)
             grid = self._levels(largest) if self.norm == "max" else self._closest(blocks, largest)
-        passes = grid.inside(grid.positions(blocks)) if self.norm == "mse" else None
+        positions, inside = grid.cut(grid.positions(blocks))
         if generator is None:
-            return Rounded(grid, grid.nearest(blocks), passes)
-        positions = grid.positions(blocks).clamp(grid.low, grid.high)
-        chance = torch.rand(positions.shape, generator=generator, dtype=positions.dtype, device=generator.device)
-        integers = (positions + chance.to(positions.device)).floor().clamp(grid.low, grid.high)
-        return Rounded(grid, integers, passes)
+            integers = positions.round_()
+        else:
+            chance = torch.rand(positions.shape, generator=generator, dtype=positions.dtype, device=generator.device)
+            integers = positions.add_(chance.to(positions.device)).floor_().clamp_(grid.low, grid.high)
+        return Rounded(grid, integers, inside if self.norm == "mse" else None)
 
     def _levels(self, norm: Tensor) -> Grid:
         if self.strict and self.bits == 1:
@@ -104,7 +104,8 @@ class Stochastic(Quantizer):
         best, least = largest, torch.full_like(largest, torch.inf)
         for fraction in FRACTIONS:
             grid = self._levels(fraction * largest)
-            error = (grid.values(grid.nearest(blocks)) - blocks).square().sum(1, keepdim=True)
+            # in place: new memory for every one of these tensors would take most of the time
+            error = grid.nearest(blocks).mul_(grid.scale).sub_(blocks).square_().sum(1, keepdim=True)
             best = torch.where(error < least, fraction * largest, best)
             least = torch.minimum(error, least)
         return self._levels(best)
