@@ -34,6 +34,7 @@ from lightning_compress.timing import measure_latency
 BACKENDS = ("native", "packed", "unpacked")
 SEED = 0
 LAYER_TOLERANCE = 1e-4  # of one int8 product, whose rounding is some 1e-6
+TOLERANCE = 0.05  # of outputs, where quantization itself changes no more
 ONCE = "unpacked once"
 HOW = {
     "int8": "multiplied in int8",
@@ -46,7 +47,7 @@ def convert(
     model: nn.Module,
     backend: str = "auto",
     example: object = None,
-    tolerance: float = 0.05,
+    tolerance: float | None = None,
     seconds: float = 5.0,
     *,
     progress: Progress = quiet,
@@ -81,7 +82,9 @@ def convert(
         model: a model with quantizers, from ``attach_quantizers``.
         backend: what it shall compute with.
         example: (args, kwargs) of a call; "auto" needs one, and other backends are compared and measured with one.
-        tolerance: largest max |difference| / max |reference| of an output, against the prepared model.
+        tolerance: largest max |difference| / max |reference| of an output, against the prepared model. None is 0.05,
+            or by how much the prepared model differs from the one without quantizers, if that is more: inputs that go
+            to the next step are an error of the same kind.
         seconds: for measuring, about.
         progress: wraps what is gone through, for a progress bar, see ``progress_bars``.
 
@@ -106,6 +109,7 @@ def convert(
     possible = _on_cpu(plan) and None in native.values() and reduced_range() is not None
     candidates = [backend] if backend != "auto" else [b for b in BACKENDS if b != "native" or possible]
     trial = _Trial() if call is None else _tried(model, plan, candidates, call, seconds, progress)
+    tolerance = max(TOLERANCE, trial.change if math.isfinite(trial.change) else 0) if tolerance is None else tolerance
     chosen = candidates[0] if call is None else _fastest(trial, candidates, tolerance)
     before = sum(p.numel() * p.element_size() for p in model.parameters())
     ways = _install(model, plan, chosen)
@@ -125,11 +129,12 @@ def convert(
 
 @dataclass(frozen=True)
 class _Trial:
-    """What became of the candidates on the example."""
+    """What became of the candidates on the example; by how much the prepared model differs from the dense one."""
 
     times: Mapping[str, float] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
     layer_error: float | None = None
+    change: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -151,10 +156,10 @@ class _Planned:
     device: torch.device
 
 
-def _check_arguments(model: nn.Module, backend: str, example: object, tolerance: float, seconds: float) -> None:
+def _check_arguments(model: nn.Module, backend: str, example: object, tolerance: float | None, seconds: float) -> None:
     if backend not in (*BACKENDS, "auto"):
         raise ValueError(f"Expected backend to be one of {(*BACKENDS, 'auto')}, but got {backend!r}.")
-    if not 0 < tolerance < math.inf:
+    if tolerance is not None and not 0 < tolerance < math.inf:
         raise ValueError(f"Expected tolerance, a relative error, to be above 0, but got {tolerance!r}.")
     if not 0 < seconds < math.inf:
         raise ValueError(f"Expected seconds, for measuring, to be above 0, but got {seconds!r}.")
@@ -269,6 +274,7 @@ def _tried(
         detach_input_quantizers(dense)
         twins = {DENSE: dense}
         expected = _run(prepared, call)
+        change = _difference(_run(dense, call), expected)
         errors: dict[str, float] = {}
         layers: list[float] = []
         for name in progress(candidates, "backends compared"):
@@ -286,7 +292,7 @@ def _tried(
             "was changed."
         ) from cause
     times = {name: 1e3 * latency.seconds for name, latency in measured.items()}
-    return _Trial(times, errors, max(layers, default=None))
+    return _Trial(times, errors, max(layers, default=None), change)
 
 
 def _fastest(trial: _Trial, candidates: Sequence[str], tolerance: float) -> str:

@@ -139,9 +139,9 @@ def search_precision(
 
     Args:
         model: the trained model, without quantizers.
-        evaluate: its loss on the examples of the search, lower is better: smooth, so no accuracy. A fine-tuned classifier
-            is often too sure of itself, and its cross entropy falls when noise is added: then take ``logits_kl`` to the
-            answers that the model gives before, which needs no labels.
+        evaluate: its loss on the examples of the search, lower is better: smooth, so no accuracy. A fine-tuned
+            classifier is often too sure of itself, and its cross entropy falls when noise is added: then take
+            ``logits_kl`` to the answers that the model gives before, which needs no labels.
         example: (args, kwargs) of a call.
         tolerance: by how much the loss may grow, at least 0.
         precisions: what weights may have, such as ("int16", "int8", "int4"); float32 is always allowed.

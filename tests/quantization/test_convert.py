@@ -23,6 +23,7 @@ from lightning_compress.quantization import (
     attach_quantizers,
     convert,
     detach_input_quantizers,
+    detach_quantizers,
     input_quantizers,
     int8,
     packed_weights,
@@ -475,6 +476,39 @@ def test_auto_keeps_the_fastest_that_agrees(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module, "_difference", lambda *_: 0.5)
     with pytest.raises(QuantizationError, match=r"within 0.01, but the errors are native 5.0e-01, packed 5.0e-01, unp"):
         run(times)
+
+
+def test_rounding_may_change_as_much_as_quantization_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["lightning_compress.quantization.convert"]
+    call = ((torch.randn(5, 8),), {})
+    # the prepared model against the dense one, native, packed, unpacked
+    gaps = iter([0.3, 0.2, 0.0, 0.0] * 2 + [0.3, 0.4, 0.0, 0.0] + [0.03, 0.04, 0.0, 0.0] + [torch.inf, 0.06, 0.0, 0.0])
+    monkeypatch.setattr(module, "_difference", lambda *_: next(gaps))
+
+    def run(tolerance: float | None = None) -> ConversionReport:
+        return convert(layer(8, 4, True, Uniform(8)), "auto", call, tolerance, seconds=0.01)
+
+    assert run().tolerance == 0.3 and "above the tolerance" not in str(run(0.25))
+    report = run()
+    assert report.tolerance == 0.3 and report.backend != "native" and "above the tolerance of 0.3" in str(report)
+    assert run().tolerance == 0.05
+    report = run()
+    assert report.tolerance == 0.05 and report.backend != "native" and report.errors["native"] == 0.06
+
+
+def test_the_tolerance_is_what_quantization_changes() -> None:
+    torch.manual_seed(0)
+    call = ((torch.randn(5, 8),), {})
+    model = layer(8, 4, True, Uniform(2))
+    detached = copy.deepcopy(model)
+    detach_quantizers(detached)
+    detach_input_quantizers(detached)
+    with torch.no_grad():
+        prepared, dense = model(*call[0]), detached(*call[0])
+    change = float((prepared - dense).abs().max() / dense.abs().max())
+    report = convert(model, "auto", call, seconds=0.01)
+    assert change > 0.05 and report.tolerance == pytest.approx(change)
+    assert convert(layer(8, 4, True, Uniform(2)), "packed").tolerance == 0.05
 
 
 def test_int8_products_are_compared_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
