@@ -533,9 +533,10 @@ def test_the_report_says_what_was_done() -> None:
     model = zoo(dtype=torch.float32)
     found = attach_quantizers(model, dict.fromkeys(("table.weight", "up.weight", "down.weight"), Uniform(4)))
     found["down.weight"].enabled = False
-    x = model(IDS)
-    report = convert(model, "packed")
-    assert torch.equal(model(IDS), x)
+    with torch.no_grad():  # with gradients, some CPUs multiply by another kernel than without
+        x = model(IDS)
+        report = convert(model, "packed")
+        assert torch.equal(model(IDS), x)
     assert report.converted == {
         "table.weight": "unpacked row by row, where they are looked up and unpacked at every read",
         "up.weight": "unpacked at every read",
