@@ -49,11 +49,11 @@ from lightning_compress import (  # noqa: E402
     convert,
     export_model,
     load_compressed,
+    logits_kl,
     measure_latency,
     save_compressed,
     search_precision,
 )
-from lightning_compress.distillation_losses import logits_kl  # noqa: E402
 from lightning_compress.quantization.precision import PrecisionSearch  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "precision"
@@ -324,8 +324,7 @@ def main() -> None:
         table()
     else:
         run = Run(arguments.dataset, arguments.seed)
-        settings = {"dataset": run.dataset, "seed": run.seed, "macs": SMALL}
-        settings |= {"examples": EXAMPLES}
+        settings = {"dataset": run.dataset, "seed": run.seed, "macs": SMALL, "examples": EXAMPLES}
         side_by_side.finish("precision.py", run, settings, lambda: compare(run, arguments.data))
 
 

@@ -83,13 +83,15 @@ class Stochastic(Quantizer):
         else:
             largest = blocks.abs().amax(1, keepdim=True)
             grid = self._levels(largest) if self.norm == "max" else self._closest(blocks, largest)
-        positions, inside = grid.cut(grid.positions(blocks))
+        exact = grid.positions(blocks)
+        positions = exact.clamp(grid.low, grid.high)
+        passes = positions == exact if self.norm == "mse" else None
         if generator is None:
             integers = positions.round_()
         else:
             chance = torch.rand(positions.shape, generator=generator, dtype=positions.dtype, device=generator.device)
             integers = positions.add_(chance.to(positions.device)).floor_().clamp_(grid.low, grid.high)
-        return Rounded(grid, integers, inside if self.norm == "mse" else None)
+        return Rounded(grid, integers, passes)
 
     def _levels(self, norm: Tensor) -> Grid:
         if self.strict and self.bits == 1:
