@@ -14,6 +14,7 @@ from lightning_compress.quantizers.quantized import Grid
 
 Norm = Literal["l2", "max", "mse"]
 FRACTIONS = tuple(0.05 * n for n in range(2, 21))  # of the largest element, looked at for "mse"
+CACHED = 2**17  # elements that are looked at together on a CPU, whose caches hold them for all fractions
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,12 @@ class Stochastic(Quantizer):
         """The grid with the least squared error among some; of two levels it is known."""
         if self.strict and self.bits == 1:
             return self._levels(blocks.abs().mean(1, keepdim=True))
+        rows = CACHED // blocks.shape[1] if blocks.device.type == "cpu" else len(blocks)
+        parts = zip(blocks.split(max(1, rows)), largest.split(max(1, rows)), strict=True)
+        return self._levels(torch.cat([self._best(*part) for part in parts]))
+
+    def _best(self, blocks: Tensor, largest: Tensor) -> Tensor:
+        """The norm with the least squared error of each block."""
         best, least = largest, torch.full_like(largest, torch.inf)
         for fraction in FRACTIONS:
             grid = self._levels(fraction * largest)
@@ -110,7 +117,7 @@ class Stochastic(Quantizer):
             error = grid.nearest(blocks).mul_(grid.scale).sub_(blocks).square_().sum(1, keepdim=True)
             best = torch.where(error < least, fraction * largest, best)
             least = torch.minimum(error, least)
-        return self._levels(best)
+        return best
 
 
 __all__ = ["Norm", "Stochastic"]

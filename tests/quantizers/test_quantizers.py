@@ -18,6 +18,7 @@ from lightning_compress.quantizers import (
     Ternary,
     Uniform,
     quantizer_named,
+    stochastic,
 )
 
 SCOPES = ("tensor", "row", "group:4")
@@ -203,6 +204,21 @@ def test_the_norm_of_least_squares_is_better_than_the_largest_element() -> None:
     for bits in (1, 2, 3, 4):
         errors = {n: (Stochastic(bits, n)(value) - value).square().mean() for n in ("mse", "max", "l2")}  # type: ignore[arg-type]
         assert errors["mse"] < errors["max"] <= errors["l2"]
+
+
+@pytest.mark.parametrize("cached", [1, 600, 10_000])
+@pytest.mark.parametrize("shape", [(7, 256), (2000, 3), (1, 5)])
+def test_the_norm_of_least_squares_does_not_depend_on_how_much_is_looked_at_together(
+    shape: tuple[int, int], cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = weight(*shape)
+    for scope in SCOPES if shape[1] % 4 == 0 else ("tensor", "row"):
+        monkeypatch.setattr(stochastic, "CACHED", 10**9)
+        whole = Stochastic(4, "mse", scope).quantize(value)
+        monkeypatch.setattr(stochastic, "CACHED", cached)
+        parts = Stochastic(4, "mse", scope).quantize(value)
+        assert torch.equal(parts.integers, whole.integers)
+        assert torch.equal(parts.grid.scale, whole.grid.scale)
 
 
 def test_presets_are_the_literal_forms() -> None:
