@@ -61,7 +61,7 @@ class Size:
     heads: int
     layers: int  # of the encoder, and as many of the decoder
     ffn: int
-    dropout: float
+    dropout: float  # of embeddings, attention and the output of each block
 
 
 SIZES = {
@@ -116,6 +116,8 @@ class TranslationModel(nn.Module):
         self.transformer = nn.Transformer(
             size.width, size.heads, num_decoder_layers=size.layers, custom_encoder=encoder, **shape
         )
+        for layer in (*self.transformer.encoder.layers, *self.transformer.decoder.layers):
+            layer.dropout.p = 0.0  # the paper has dropout behind blocks, none between the two layers of one
 
     def embed(self, table: nn.Embedding, ids: Tensor, start: int = 0) -> Tensor:
         """(batch, tokens) -> (batch, tokens, width), for tokens from position `start` on."""

@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 RUNS = (
-    *("dense", "longer", "ssl-fine-20", "shs-naive-45", "ssl-fine-20-large", "ssl-fine-20-kd", "heads-20"),
+    *("dense", "longer", "ssl-fine-20", "shs-naive-45", "ssl-fine-45-large", "ssl-fine-45-kd", "heads-20"),
     *("binary-attention-report", "stochastic8-tables-code", "bssl-square-1"),
 )
 
@@ -60,15 +60,15 @@ def run(variant: str) -> translation.Run:
 
 
 def test_names_and_commands() -> None:
-    one = translation.Run("ssl-fine-20-kd", 1, "base")
-    assert one.name == "base-ssl-fine-20-kd-seed1" and one.dense.name == "base-dense-seed1"
-    assert one.arguments == ["--variant", "ssl-fine-20-kd", "--size", "base", "--seed", "1"]
+    one = translation.Run("ssl-fine-45-kd", 1, "base")
+    assert one.name == "base-ssl-fine-45-kd-seed1" and one.dense.name == "base-dense-seed1"
+    assert one.arguments == ["--variant", "ssl-fine-45-kd", "--size", "base", "--seed", "1"]
     names = [r.variant for r in translation.all_runs("small")]
     assert len(names) == len(set(names)) == len(translation.VARIANTS) - 1
     for method in ("ssl", "shs"):
-        for percent in (10, 20, 30, 45):
-            strategies = {f"{method}-{strategy}-{percent}" for strategy in ("fine", "coarse", "naive")}
-            assert strategies | {f"{method}-fine-{percent}-{s}" for s in ("small", "large")} <= set(names)
+        assert {f"{method}-fine-{percent}" for percent in (10, 20, 30, 45)} <= set(names)
+        assert {f"{method}-{strategy}-{n}" for strategy in ("coarse", "naive") for n in (20, 45)} <= set(names)
+        assert {f"{method}-fine-45-{strength}" for strength in ("small", "large")} <= set(names)
     quantized = [r.settings.study for r in translation.all_runs("small", ("quantization",))]
     assert quantized == ["dense", *["quantization"] * 19]
 
@@ -154,6 +154,41 @@ def test_maps_are_the_norms_of_all_matrices(data: str) -> None:
     assert dead["rows"] == dead["output_units"] == 0.25 and dead["columns"] == 0.25 and dead["input_units"] == 0
 
 
+def test_pictures_show_what_was_counted(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra `recipes`")
+    from benchmarks import translation_pictures as pictures
+
+    one = run("bssl-square-1")
+    translation.single(one, data)
+    with numpy.load(one.maps) as file:  # half of the rows of a matrix and an eighth of the columns of another are dead
+        arrays = {name: file[name] for name in file.files}
+    arrays["encoder.layers.1.linear1.rows"][:] = 1
+    arrays["encoder.layers.1.linear1.columns"][:] = 1
+    arrays["encoder.layers.1.linear1.rows"][:32] = 0
+    numpy.savez(one.maps, **arrays)
+    maps = pictures.maps_of(one)
+    matrix = next(m for m in maps.matrices if m.name == "encoder.layers.1.linear1")
+    assert matrix.shape == (64, 32) and matrix.sparsity == 0.5 and matrix.alive.shape == (8, 2)
+    assert matrix.alive[:4].eq(0).all() and matrix.alive[4:].eq(1).all()
+    rows, columns = pictures.dead_shares(one)["encoder"]
+    assert rows["linear1"][1] == 0.5 and columns["linear1"][1] == 0
+    dead = json.loads(one.result.read_text())["dead"]
+    for side, which in zip(pictures.dead_shares(one)["decoder"], ("rows", "columns"), strict=True):
+        assert len(side) == 4 + 4 + 2
+        for kind, values in side.items():
+            assert values == pytest.approx([dead[f"decoder.layers.{n}.{kind}"][which] for n in range(2)], abs=0.05)
+
+    monkeypatch.setattr("sys.argv", ["x", "--variant", "bssl-square-1", "--size", "tiny", "--folder", str(tmp_path)])
+    pictures.main()
+    for name in ("bssl_blocks", "bssl_lines"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr("sys.argv", ["x", "--variant", "bssl-slab-0.3", "--size", "tiny"])
+    with pytest.raises(
+        SystemExit, match=r"Expected .*npz: python benchmarks/translation.py --variant bssl-slab-0.3 --size"
+    ):
+        pictures.main()
+
+
 def test_an_interrupted_run_goes_on(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def weights(interrupted: bool) -> dict[str, torch.Tensor]:
         one = run("shs-fine-45")
@@ -200,7 +235,7 @@ def test_what_is_missing_is_said(
         SystemExit, match=r"Expected the test sets \['test_2016_flickr', 'test_2017_flickr'\] in .* but"
     ):
         translation.train(run("dense"), str(tmp_path))
-    dense, others = [run("dense")], [run("longer"), run("ssl-fine-20-kd")]
+    dense, others = [run("dense")], [run("longer"), run("ssl-fine-45-kd")]
     translation.estimate(dense, others, jobs=2)
     said = capsys.readouterr().out
     assert "3 of 3 runs are missing: about" in said and "2 at a time, on cores that make 50 GFLOP/s each" in said
