@@ -538,7 +538,7 @@ def single(run: Run, folder: str) -> None:
         "variant": run.variant,
         "seed": run.seed,
         "precision": "training in bfloat16 (mixed), evaluation in float32",
-        "schedule": vars(SCHEDULES[run.size]),
+        "schedule": {n: v for n, v in vars(SCHEDULES[run.size]).items() if run.variant != "dense" or n != "epochs"},
     }
     side_by_side.finish("translation.py", run, settings, lambda: train(run, folder), headline="bleu")
     for checkpoint in (RUNS / run.name).glob("*.ckpt"):  # the weights are kept; a finished run is never resumed
