@@ -21,9 +21,9 @@ what the others have to be compared with, since a falling learning rate alone ra
       -fine        encoder: Q, K, V, FFN1 by output units, O, FFN2 by input units; decoder: Q, K; only these lose units
       -coarse, -naive  the same in the decoder as in the encoder; output and input units of all matrices: at two targets
       -small, -large   the literal penalty in the loss at the strengths of TPrune, in place of proximal steps whose
-                 strength the target sets
-      -taylor      units ranked by first-order importance instead of norms
-      -kd          with half of the loss from the dense model's answers; this and the two before at the highest target
+                 strength the target sets; at the highest target
+      -taylor      units ranked by first-order importance instead of norms; -kd: and half of the loss from the dense
+                 model's answers
     heads        the baseline: whole heads by group lasso, the same schedule
     binary, stochasticB   weights trained as integers; -report and -code are the literal forms of the second study, from
                  the first step on; of the others a growing part of the elements is quantized
@@ -38,7 +38,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -152,11 +152,14 @@ def tprune_variants() -> Iterator[tuple[str, Variant]]:
         for strategy in ("fine", "coarse", "naive") if percent in (20, 45) else ("fine",):
             for method, regularizer in REGULARIZERS.items():
                 yield f"{method}-{strategy}-{percent}", Variant("tprune", percent, strategy, regularizer)
+        if percent in (20, 45):
+            for strategy in ("fine", "coarse"):
+                first_order = Variant("tprune", percent, strategy, "group_lasso", importance="taylor")
+                yield f"ssl-{strategy}-{percent}-taylor", first_order
+                yield f"ssl-{strategy}-{percent}-taylor-kd", replace(first_order, distillation=0.5)
         if percent != 45:  # all heads but one of each attention are less than 45 % of the weights
             yield f"heads-{percent}", Variant("tprune", percent, "heads", "group_lasso")
             continue
-        yield f"ssl-fine-{percent}-taylor", Variant("tprune", percent, "fine", "group_lasso", importance="taylor")
-        yield f"ssl-fine-{percent}-kd", Variant("tprune", percent, "fine", "group_lasso", distillation=0.5)
         for method, strengths in STRENGTHS.items():
             for name, strength in strengths.items():
                 literal = Variant("tprune", percent, "fine", REGULARIZERS[method], strength, mode="loss")

@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 RUNS = (
-    *("dense", "longer", "ssl-fine-20", "shs-naive-45", "ssl-fine-45-large", "ssl-fine-45-kd", "heads-20"),
+    *("dense", "longer", "ssl-fine-20", "shs-naive-45", "ssl-fine-45-large", "ssl-fine-45-taylor-kd", "heads-20"),
     *("binary-attention-report", "stochastic8-tables-code", "bssl-square-1"),
 )
 
@@ -60,9 +60,9 @@ def run(variant: str) -> translation.Run:
 
 
 def test_names_and_commands() -> None:
-    one = translation.Run("ssl-fine-45-kd", 1, "base")
-    assert one.name == "base-ssl-fine-45-kd-seed1" and one.dense.name == "base-dense-seed1"
-    assert one.arguments == ["--variant", "ssl-fine-45-kd", "--size", "base", "--seed", "1"]
+    one = translation.Run("ssl-fine-45-taylor-kd", 1, "base")
+    assert one.name == "base-ssl-fine-45-taylor-kd-seed1" and one.dense.name == "base-dense-seed1"
+    assert one.arguments == ["--variant", "ssl-fine-45-taylor-kd", "--size", "base", "--seed", "1"]
     names = [r.variant for r in translation.all_runs("small")]
     assert len(names) == len(set(names)) == len(translation.VARIANTS) - 1
     for method in ("ssl", "shs"):
@@ -235,7 +235,7 @@ def test_what_is_missing_is_said(
         SystemExit, match=r"Expected the test sets \['test_2016_flickr', 'test_2017_flickr'\] in .* but"
     ):
         translation.train(run("dense"), str(tmp_path))
-    dense, others = [run("dense")], [run("longer"), run("ssl-fine-45-kd")]
+    dense, others = [run("dense")], [run("longer"), run("ssl-fine-45-taylor-kd")]
     translation.estimate(dense, others, jobs=2)
     said = capsys.readouterr().out
     assert "3 of 3 runs are missing: about" in said and "2 at a time, on cores that make 50 GFLOP/s each" in said
