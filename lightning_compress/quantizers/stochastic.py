@@ -34,7 +34,7 @@ class Stochastic(Quantizer):
         bits: :math:`b`, from 1 to 8.
         norm: "max", the largest element; "l2", the Euclidean norm, which leaves most levels unused where a block has
             more than a few elements; "mse", the part of the largest element with the least squared error of rounding to
-            the nearest, beyond which elements are cut: it is not unbiased there, and takes some twenty times as long.
+            the nearest, beyond which elements are cut: it is not unbiased there, and takes four to five times as long.
         scope: which elements share a norm: "tensor", "row" or "group:K".
         strict: whether the sign is one of the bits; without, there are :math:`s = 2^b - 1` levels of each sign.
 
