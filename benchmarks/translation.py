@@ -5,7 +5,7 @@
     python benchmarks/translation.py --all --jobs 2                      # everything that is missing
     python benchmarks/translation.py --all --study tprune --size base    # one study, in the size of the paper
     python benchmarks/translation.py --estimate                          # what is missing, and how long it would take
-    python benchmarks/translation.py --latency                           # finished models; wants an idle machine
+    python benchmarks/translation.py --latency                           # of what is there; wants an idle machine
     python benchmarks/translation.py --table                             # benchmarks/results/translation/table.md
 
 The data is a folder with `multi30k/train.en.gz`, `train.de.gz`, `val.*`, `test_2016_flickr.*` and `test_2017_flickr.*`:
@@ -19,12 +19,13 @@ what the others have to be compared with, since a falling learning rate alone ra
                  of the fit whole units (Q/K dims, V/O dims, FFN units) leave until so many percent of the weights of
                  the prunable matrices are gone; the rest is fine-tuning
       -fine        encoder: Q, K, V, FFN1 by output units, O, FFN2 by input units; decoder: Q, K; only these lose units
-      -coarse, -naive  the same in the decoder as in the encoder; output and input units of all matrices: at two targets
+      -coarse      the same in the decoder as in the encoder
+      -naive       output and input units of all matrices
+      -taylor      units ranked by first-order importance instead of norms
+      -kd          with half of the loss from the dense model's answers
       -small, -large   the literal penalty in the loss at the strengths of TPrune, in place of proximal steps whose
-                 strength the target sets; at the highest target
-      -taylor      units ranked by first-order importance instead of norms; -kd: and half of the loss from the dense
-                 model's answers
-    heads        the baseline: whole heads by group lasso, the same schedule
+                 strength the target sets
+    heads        the baseline: whole heads by group lasso, ranked by first-order importance, the same schedule
     binary, stochasticB   weights trained as integers; -report and -code are the literal forms of the second study, from
                  the first step on; of the others a growing part of the elements is quantized
     bssl         block-wise group lasso, nothing removed; norms of the lines of all blocks go to results/.../maps
@@ -38,7 +39,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -90,12 +91,12 @@ from recipes.translation import (  # noqa: E402
 )
 
 RESULTS = ROOT / "benchmarks" / "results" / "translation"
-RUNS = ROOT / "benchmarks" / "runs" / "translation"  # checkpoints, weights, plans, logs: ignored by git
+RUNS = ROOT / "benchmarks" / "runs" / "translation"  # checkpoints, weights, logs: ignored by git
 SEEDS = (0,)
 TESTS = ("test_2016_flickr", "test_2017_flickr")
 VOCABULARY = 6000
 STUDIES = ("dense", "tprune", "quantization", "bssl")
-SPARSITIES = (45, 20, 30, 10)  # percent of the weights of the prunable matrices, in the order in which they are run
+SPARSITIES = (45, 20, 30, 10, 60)  # percent of the weights of the prunable matrices, in the order in which they are run
 STRENGTHS = {"ssl": {"small": 1e-5, "large": 5e-5}, "shs": {"small": 1e-4, "large": 1e-3}}  # TPrune's, in the loss
 REGULARIZERS = {"ssl": "group_lasso", "shs": "hoyer_square"}
 BLOCKS = {"square": lambda head, width: (head, head), "slab": lambda head, width: (head, width)}  # of Q, K and V
@@ -148,22 +149,23 @@ class Variant:
 
 def tprune_variants() -> Iterator[tuple[str, Variant]]:
     """All that is compared at one sparsity before the next one."""
+
+    def variant(method: str, strategy: str, percent: int, **more: Any) -> Variant:
+        return Variant("tprune", percent, strategy, REGULARIZERS[method], **more)
+
     for percent in SPARSITIES:
-        for strategy in ("fine", "coarse", "naive") if percent in (20, 45) else ("fine",):
-            for method, regularizer in REGULARIZERS.items():
-                yield f"{method}-{strategy}-{percent}", Variant("tprune", percent, strategy, regularizer)
+        for method, strategy in (("ssl", "coarse"), ("shs", "coarse"), ("ssl", "fine")):
+            if strategy == "coarse" or percent < 57:  # all units of `fine` but one of each structure are 57 %
+                yield f"{method}-{strategy}-{percent}-taylor", variant(method, strategy, percent, importance="taylor")
+        if percent < 32:  # all heads but one of each attention
+            yield f"heads-{percent}", variant("ssl", "heads", percent, importance="taylor")
         if percent in (20, 45):
-            for strategy in ("fine", "coarse"):
-                first_order = Variant("tprune", percent, strategy, "group_lasso", importance="taylor")
-                yield f"ssl-{strategy}-{percent}-taylor", first_order
-                yield f"ssl-{strategy}-{percent}-taylor-kd", replace(first_order, distillation=0.5)
-        if percent != 45:  # all heads but one of each attention are less than 45 % of the weights
-            yield f"heads-{percent}", Variant("tprune", percent, "heads", "group_lasso")
-            continue
-        for method, strengths in STRENGTHS.items():
-            for name, strength in strengths.items():
-                literal = Variant("tprune", percent, "fine", REGULARIZERS[method], strength, mode="loss")
-                yield f"{method}-fine-{percent}-{name}", literal
+            for method, strategy in (("ssl", "fine"), ("ssl", "coarse"), ("ssl", "naive"), ("shs", "fine")):
+                yield f"{method}-{strategy}-{percent}", variant(method, strategy, percent)
+    for method, strengths in STRENGTHS.items():
+        for name, strength in strengths.items():
+            yield f"{method}-fine-45-{name}", variant(method, "fine", 45, strength=strength, mode="loss")
+    yield "ssl-coarse-45-taylor-kd", variant("ssl", "coarse", 45, importance="taylor", distillation=0.5)
 
 
 def quantization_variants() -> Iterator[tuple[str, Variant]]:
@@ -225,10 +227,6 @@ class Run:
     @property
     def weights(self) -> Path:
         return RUNS / f"{self.name}.safetensors"
-
-    @property
-    def plan(self) -> Path:
-        return RUNS / f"{self.name}.plan.json"
 
     @property
     def maps(self) -> Path:
@@ -342,7 +340,9 @@ def pruning(run: Run, model: TranslationModel) -> list[Callback]:
         polynomial = cost_polynomial(structures, "params")
         heads = cost_polynomial(structures.of_kind("head"), "params")
         whole, own = polynomial.evaluate(structures.counts), heads.evaluate(structures.counts)
-        sparsity = StructuredSparsity(variant.regularizer, ("head",), start=0.0, module="model")
+        sparsity = StructuredSparsity(
+            variant.regularizer, ("head",), importance=variant.importance, start=0.0, module="model"
+        )
         kept = 1 - variant.sparsity / 100 * whole / own
         return [sparsity, FinalizeCompression(params=kept, at=REMOVED_AT, report=False, module="model")]
     untouched: dict[str, int] = {}
@@ -468,7 +468,7 @@ def fit(run: Run, module: Translation, data: ParallelText, callbacks: list[Callb
         callbacks=[*callbacks, checkpoint],
         logger=CSVLogger(RUNS, name=run.name),
         num_sanity_val_steps=0,
-        limit_val_batches=1.0 if run.variant == "dense" else 0,  # BLEU of the others is measured at their end
+        limit_val_batches=None if run.variant == "dense" else 0,  # BLEU of the others is measured at their end
         enable_progress_bar=sys.stderr.isatty(),
         enable_model_summary=False,
         log_every_n_steps=20,
@@ -525,7 +525,6 @@ def train(run: Run, folder: str) -> dict[str, Any]:
     record["bytes"] = file_bytes(module.model)
     for finalize in (c for c in callbacks if isinstance(c, FinalizeCompression)):
         assert finalize.plan is not None
-        finalize.plan.save(run.plan)
         record["kept"] = {name: len(units) for name, units in finalize.plan.kept.items()}
         errors = [max(r.error or 0.0, r.perturbed_error or 0.0) for r in finalize.surgery_reports]
         record["verification_error"] = max(errors, default=None)  # None: removed before an interruption
@@ -613,12 +612,15 @@ class Translate(Core):
         return tokens
 
 
-def smaller_model(run: Run) -> TranslationModel:
-    """The model of a finished run in evaluation mode, made out of its plan and its weights."""
+def of_its_size(run: Run) -> TranslationModel:
+    """A model of the shape of a finished run, in evaluation mode, with other weights: time does not depend on them."""
     model = TranslationModel(VOCABULARY, SIZES[run.size]).eval()
-    if run.plan.is_file():
-        apply_plan(model, PruningPlan.load(run.plan), verify=(example(), {}))
-    load_model(model, str(run.weights))
+    counts = json.loads(run.result.read_text()).get("kept", {})
+    if counts:
+        kinds = tuple(dict.fromkeys(name.rpartition(".")[2] for name in counts))
+        structures = [s for s in discover(model, example(), kinds=kinds) if s.name in counts]
+        kept = {name: range(count) for name, count in counts.items()}
+        apply_plan(model, PruningPlan.of(model, structures, kept), verify=(example(), {}))
     return model
 
 
@@ -627,7 +629,7 @@ def latency(size: str, threads: int, repeats: int = 31, seconds: float = 60.0) -
     torch.set_num_threads(threads)
     runs = [Run("dense", SEEDS[0], size)]
     runs += [run for run in all_runs(size, ("tprune",)) if run.seed == SEEDS[0] and run.settings.study == "tprune"]
-    models = {run.variant: smaller_model(run) for run in runs if run.result.is_file() and run.weights.is_file()}
+    models = {run.variant: of_its_size(run) for run in runs if run.result.is_file()}
     if "dense" not in models:
         raise SystemExit("Expected a finished dense run: python benchmarks/translation.py --variant dense first.")
     cells: dict[str, Any] = {}

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file, load_model
 from torch import nn
 
 pytest.importorskip("tokenizers", reason="needs the extra `recipes`")
@@ -32,7 +33,7 @@ pytestmark = [
 ]
 
 RUNS = (
-    *("dense", "longer", "ssl-fine-20", "shs-naive-45", "ssl-fine-45-large", "ssl-fine-45-taylor-kd", "heads-20"),
+    *("dense", "longer", "ssl-fine-20", "ssl-naive-45", "ssl-fine-45-large", "ssl-coarse-45-taylor-kd", "heads-20"),
     *("binary-attention-report", "stochastic8-tables-code", "bssl-square-1"),
 )
 
@@ -60,25 +61,28 @@ def run(variant: str) -> translation.Run:
 
 
 def test_names_and_commands() -> None:
-    one = translation.Run("ssl-fine-45-taylor-kd", 1, "base")
-    assert one.name == "base-ssl-fine-45-taylor-kd-seed1" and one.dense.name == "base-dense-seed1"
-    assert one.arguments == ["--variant", "ssl-fine-45-taylor-kd", "--size", "base", "--seed", "1"]
+    one = translation.Run("ssl-coarse-45-taylor-kd", 1, "base")
+    assert one.name == "base-ssl-coarse-45-taylor-kd-seed1" and one.dense.name == "base-dense-seed1"
+    assert one.arguments == ["--variant", "ssl-coarse-45-taylor-kd", "--size", "base", "--seed", "1"]
     names = [r.variant for r in translation.all_runs("small")]
     assert len(names) == len(set(names)) == len(translation.VARIANTS) - 1
-    for method in ("ssl", "shs"):
-        assert {f"{method}-fine-{percent}" for percent in (10, 20, 30, 45)} <= set(names)
-        assert {f"{method}-{strategy}-{n}" for strategy in ("coarse", "naive") for n in (20, 45)} <= set(names)
-        assert {f"{method}-fine-45-{strength}" for strength in ("small", "large")} <= set(names)
+    for percent in (10, 20, 30, 45):
+        assert {f"{name}-{percent}-taylor" for name in ("ssl-fine", "ssl-coarse", "shs-coarse")} <= set(names)
+    for percent in (20, 45):
+        assert {f"ssl-{strategy}-{percent}" for strategy in ("fine", "coarse", "naive")} <= set(names)
+    assert {f"{method}-fine-45-{strength}" for method in ("ssl", "shs") for strength in ("small", "large")} <= set(
+        names
+    )
     quantized = [r.settings.study for r in translation.all_runs("small", ("quantization",))]
     assert quantized == ["dense", *["quantization"] * 19]
 
 
-def test_heads_alone_cannot_be_45_percent() -> None:
-    """Of the weights of the prunable matrices; so there are no such runs."""
+def test_what_cannot_be_reached_is_not_among_the_runs() -> None:
     for size in SIZES.values():
         assert 12 / 28 * (size.heads - 1) / size.heads < 0.45  # of width^2: three attentions to two feed-forward parts
         assert size.ffn in (2 * size.width, 4 * size.width)
     assert "heads-30" in translation.VARIANTS and "heads-45" not in translation.VARIANTS
+    assert "ssl-coarse-60-taylor" in translation.VARIANTS and "ssl-fine-60-taylor" not in translation.VARIANTS
 
 
 def test_costs_are_those_that_the_library_counts() -> None:
@@ -109,7 +113,7 @@ def test_every_study_runs_and_the_table_has_it(data: str, capsys: pytest.Capture
         wanted = translation.VARIANTS[variant].sparsity / 100
         assert wanted - 0.005 <= records[variant]["sparsity"] <= wanted + 0.03
         assert records[variant]["verification_error"] <= 1e-9
-        small = translation.smaller_model(run(variant))
+        small = translation.of_its_size(run(variant))
         kept = translation.matrix_weights(small) / translation.matrix_weights(whole)
         assert kept == pytest.approx(1 - records[variant]["sparsity"])
         assert records[variant]["macs_kept"] == translation.macs_of(small) / translation.macs_of(whole)
@@ -137,7 +141,8 @@ def test_maps_are_the_norms_of_all_matrices(data: str) -> None:
     one = run("bssl-square-loss-large")
     translation.single(one, data)
     record = json.loads(one.result.read_text())
-    model = translation.smaller_model(one)
+    model = TranslationModel(300, SIZES["tiny"])
+    load_model(model, str(one.weights))
     matrices = translation.matrices(model)
     assert len(matrices) == 2 * (4 + 2) + 2 * (8 + 2)
     arrays = numpy.load(translation.RESULTS / record["maps"])
@@ -199,9 +204,8 @@ def test_an_interrupted_run_goes_on(data: str, monkeypatch: pytest.MonkeyPatch) 
                     translation.single(one, data)
             assert (translation.RUNS / one.name / "last.ckpt").is_file()
         translation.single(one, data)
-        model = translation.smaller_model(one)
         one.result.unlink()
-        return model.state_dict()
+        return load_file(one.weights)
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -235,7 +239,7 @@ def test_what_is_missing_is_said(
         SystemExit, match=r"Expected the test sets \['test_2016_flickr', 'test_2017_flickr'\] in .* but"
     ):
         translation.train(run("dense"), str(tmp_path))
-    dense, others = [run("dense")], [run("longer"), run("ssl-fine-45-taylor-kd")]
+    dense, others = [run("dense")], [run("longer"), run("ssl-coarse-45-taylor-kd")]
     translation.estimate(dense, others, jobs=2)
     said = capsys.readouterr().out
     assert "3 of 3 runs are missing: about" in said and "2 at a time, on cores that make 50 GFLOP/s each" in said
