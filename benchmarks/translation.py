@@ -101,7 +101,7 @@ STRENGTHS = {"ssl": {"small": 1e-5, "large": 5e-5}, "shs": {"small": 1e-4, "larg
 REGULARIZERS = {"ssl": "group_lasso", "shs": "hoyer_square"}
 BLOCKS = {"square": lambda head, width: (head, head), "slab": lambda head, width: (head, width)}  # of Q, K and V
 GRIDS = {"out_proj": (2, 2), "linear1": (8, 2), "linear2": (2, 8)}  # (out, in) numbers of blocks
-PULLS = {"square": (0.1, 0.3, 1.0), "slab": (0.3,)}  # strengths of the proximal form
+PULLS = {"square": (1.0, 0.3), "slab": (1.0,)}  # strengths of the proximal form
 DEAD = 1e-4  # a line is dead whose elements are smaller than this (root of the mean square)
 TOKENS = 16  # of source and target, at which MACs are stated; a sentence of Multi30k has about 16
 LENGTHS = (8, 16, 32, 64)  # at which latency is measured
@@ -633,6 +633,7 @@ def latency(size: str, threads: int, repeats: int = 31, seconds: float = 60.0) -
     if "dense" not in models:
         raise SystemExit("Expected a finished dense run: python benchmarks/translation.py --variant dense first.")
     cells: dict[str, Any] = {}
+    load = os.getloadavg()[0]
     for kind in (Core, Translate):
         wrapped = {name: kind(model) for name, model in models.items()}
         for batch in (1, 32):
@@ -647,6 +648,8 @@ def latency(size: str, threads: int, repeats: int = 31, seconds: float = 60.0) -
                 print(cell, {name: round(v["speedup"], 2) for name, v in cells[cell].items()}, flush=True)
     record = {
         "command": f"python benchmarks/translation.py --latency --size {size} --threads {threads}",
+        "machine": side_by_side.machine(),
+        "load_average_before": round(load, 1),
         "threads": threads,
         "cells": cells,
     }

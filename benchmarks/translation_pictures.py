@@ -1,7 +1,7 @@
 """Pictures of what dies under the block-wise group lasso in the translation benchmark.
 
     python benchmarks/translation_pictures.py          # docs/pictures/bssl_blocks.png and bssl_lines.png
-    python benchmarks/translation_pictures.py --variant bssl-slab-0.3
+    python benchmarks/translation_pictures.py --variant bssl-slab-1
 
 Drawn from the norms in `benchmarks/results/translation/maps`, which `python benchmarks/translation.py --all --study
 bssl` writes; nothing is trained.
@@ -29,7 +29,7 @@ from lightning_compress.report.maps import ModelMaps, families  # noqa: E402
 from lightning_compress.report.matrix_maps import MatrixMap  # noqa: E402
 
 PICTURES = ROOT / "docs" / "pictures"
-VARIANT = "bssl-square-0.3"
+VARIANT = "bssl-square-1"
 
 
 def living_lines(run: translation.Run) -> dict[str, tuple[Tensor, Tensor]]:

@@ -187,9 +187,9 @@ def test_pictures_show_what_was_counted(data: str, tmp_path: Path, monkeypatch: 
     pictures.main()
     for name in ("bssl_blocks", "bssl_lines"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr("sys.argv", ["x", "--variant", "bssl-slab-0.3", "--size", "tiny"])
+    monkeypatch.setattr("sys.argv", ["x", "--variant", "bssl-slab-1", "--size", "tiny"])
     with pytest.raises(
-        SystemExit, match=r"Expected .*npz: python benchmarks/translation.py --variant bssl-slab-0.3 --size"
+        SystemExit, match=r"Expected .*npz: python benchmarks/translation.py --variant bssl-slab-1 --size"
     ):
         pictures.main()
 
