@@ -10,6 +10,7 @@ bssl` writes; nothing is trained.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def maps_of(run: translation.Run) -> ModelMaps:
         elements = torch.tensor(high).unsqueeze(1) * torch.tensor(wide)
         sparsity = 1 - float((alive * elements).sum() / elements.sum())
         matrices.append(MatrixMap(name, shape, borders, alive, torch.zeros_like(alive), sparsity, 0.0, 32.0))
-    return ModelMaps(0, tuple(matrices))
+    steps = json.loads(run.result.read_text())["steps"]
+    return ModelMaps(steps, tuple(matrices))
 
 
 def dead_shares(run: translation.Run) -> dict[str, tuple[dict[str, list[float]], dict[str, list[float]]]]:
