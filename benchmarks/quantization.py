@@ -329,8 +329,7 @@ def table() -> None:
                 f"| {runs[0].label} | {seeds} | {mean(values):.2f} | {loss:+.2f} | {size / 1e6:.1f} | {less:.2f} |"
             )
         lines.append("")
-    path = RESULTS / "latency.json"
-    if path.is_file():
+    for path in sorted(RESULTS.glob("latency*.json")):  # of this machine, and what was kept of others
         record = json.loads(path.read_text())
         cells, sizes = record["cells"], record["bytes"]
         lines += [
