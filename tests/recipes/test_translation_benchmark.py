@@ -160,12 +160,12 @@ def test_maps_are_the_norms_of_all_matrices(data: str) -> None:
 
 
 def test_pictures_show_what_was_counted(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib", reason="needs the extra `recipes`")
+    pytest.importorskip("matplotlib", reason="needs the extra `report`")
     from benchmarks import translation_pictures as pictures
 
     one = run("bssl-square-1")
     translation.single(one, data)
-    with numpy.load(one.maps) as file:  # half of the rows of a matrix and an eighth of the columns of another are dead
+    with numpy.load(one.maps) as file:  # half of the rows of a matrix are dead
         arrays = {name: file[name] for name in file.files}
     arrays["encoder.layers.1.linear1.rows"][:] = 1
     arrays["encoder.layers.1.linear1.columns"][:] = 1
