@@ -6,7 +6,14 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+# Multiply-accumulates that a processor does in the time that one more call of a layer takes, which is that of its
+# operations, however small: a millisecond or two
+CALL = {"cpu": 2e8}
+CALL_OF_ACCELERATORS = 2e10
+# what a token costs a layer that has hardly a weight left, per dim of its state: normalization, sums, copies
+PER_DIM = 64
 
 
 @dataclass(frozen=True)
@@ -63,15 +70,15 @@ class RowGroup:
     slots: int
 
 
-def group_rows(counts: tuple[int, ...], most: int = 4, saving: int = 64) -> list[RowGroup]:
+def group_rows(counts: tuple[int, ...], saving: int, most: int = 4) -> list[RowGroup]:
     """Rows of similar length together: what a group does not fill is computed for nothing.
 
     Starting from one group, the cut that saves the most slots is made, as long as it saves enough.
 
     Args:
         counts: number of tokens of each row.
-        most: so many groups at most.
         saving: slots that a cut must save, the price of one more call.
+        most: so many groups at most.
     """
     order = sorted(range(len(counts)), key=lambda row: -counts[row])
     sizes = [counts[row] for row in order]
@@ -87,6 +94,32 @@ def group_rows(counts: tuple[int, ...], most: int = 4, saving: int = 64) -> list
             break
         cuts = sorted([*cuts, where])
     return [RowGroup(tuple(order[a:b]), sizes[a]) for a, b in itertools.pairwise(cuts)]
+
+
+def slots_worth_a_call(layer: nn.Module, width: int, device: torch.device) -> int:
+    """How many slots of a layer take as long as one more call of it.
+
+    A slot costs about a multiply-accumulate per weight, so that a cut is worth less the more was removed from a layer.
+
+    Args:
+        layer: the layer as it is now.
+        width: of its hidden state.
+        device: where it runs.
+    """
+    call = CALL.get(device.type, CALL_OF_ACCELERATORS)
+    return max(1, round(call / (_weights(layer) + PER_DIM * width)))
+
+
+def _weights(layer: nn.Module) -> int:
+    """Weights that every token is multiplied with."""
+    weights = 0
+    for module in layer.modules():
+        sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        if isinstance(sizes[0], int) and isinstance(sizes[1], int):  # also where the weight itself is packed
+            weights += sizes[0] * sizes[1]
+        else:
+            weights += sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
+    return weights
 
 
 def gather_states(states: Tensor, packing: Repacking) -> Tensor:
@@ -130,4 +163,13 @@ def scatter_states(full: Tensor, states: Tensor, index: Tensor, valid: Tensor | 
     return full.reshape(batch * tokens, *full.shape[2:]).index_copy(0, flat, rows.to(full.dtype)).view_as(full)
 
 
-__all__ = ["Repacking", "RowGroup", "gather_dims", "gather_states", "group_rows", "repack", "scatter_states"]
+__all__ = [
+    "Repacking",
+    "RowGroup",
+    "gather_dims",
+    "gather_states",
+    "group_rows",
+    "repack",
+    "scatter_states",
+    "slots_worth_a_call",
+]

@@ -96,7 +96,7 @@ class _OwnerForward(_Forwarded):
 
 class _LayerForward(_Forwarded):
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.runtime.run_layer(self.original(), self.name, args, kwargs)
+        return self.runtime.run_layer(self.module, self.original(), self.name, args, kwargs)
 
 
 class _AttentionForward(_Forwarded):

@@ -49,6 +49,7 @@ from lightning_compress.tokens.gathering import (
     group_rows,
     repack,
     scatter_states,
+    slots_worth_a_call,
 )
 from lightning_compress.tokens.stack import TokenStack, python_attention, sure_dims
 from lightning_compress.tokens.tail import TailPass
@@ -86,7 +87,8 @@ class TokenRuntime:
         soft: settings for the mode "soft".
         multiple: repacked batches have a multiple of so many slots (8 for half precision on GPUs).
         worthwhile: tokens only leave if at least this fraction of the slots is saved; otherwise they are masked.
-        saving: rows are computed in groups of similar length where a cut saves at least so many slots.
+        saving: rows are computed in groups of similar length where a cut saves at least so many slots; None for as many
+            as take the time of one more call of the layer, which depends on its weights.
         decide: takes the place of the policy (in proofs).
         counts: what the last forward did.
     """
@@ -127,7 +129,7 @@ class TokenRuntime:
         self.soft: SoftPruning | None = None
         self.multiple = 1
         self.worthwhile = 0.05
-        self.saving = 64
+        self.saving: int | None = None
         self.decide: Decide | None = None
         self.inspect = False
         self.counts: TokenCounts | None = None
@@ -183,7 +185,14 @@ class TokenRuntime:
 
     # A layer
 
-    def run_layer(self, original: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_layer(
+        self,
+        layer: nn.Module,
+        original: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """The forward of a layer."""
         state = self._forward
         if state is None:
@@ -213,7 +222,10 @@ class TokenRuntime:
         bias, weights = key_bias_of(state, hidden), query_weights_of(state, hidden)
         call, parts = (hidden, args, kwargs), None
         if state.counts is not None and state.valid is not None and self._by_rows(state, call):
-            groups = group_rows(state.counts, saving=self.saving)
+            saving = self.saving
+            if saving is None:
+                saving = slots_worth_a_call(layer, hidden.shape[2], hidden.device)
+            groups = group_rows(state.counts, saving)
             if len(groups) > 1:
                 parts = self._in_groups(state, groups, original, name, call, bias, weights, ask)
         output, heard, decided = parts or self._listen(state, original, name, call, bias, weights, ask)
