@@ -26,6 +26,7 @@ what the others have to be compared with, since a falling learning rate alone ra
       -small, -large   the literal penalty in the loss at the strengths of TPrune, in place of proximal steps whose
                  strength the target sets
     heads        the baseline: whole heads by group lasso, ranked by first-order importance, the same schedule
+    units        whole heads and feed-forward units likewise: what this library does unless it is told otherwise
     binary, stochasticB   weights trained as integers; -report and -code are the literal forms of the second study, from
                  the first step on; of the others a growing part of the elements is quantized
     bssl         block-wise group lasso, nothing removed; norms of the lines of all blocks go to results/.../maps
@@ -136,7 +137,7 @@ class Variant:
 
     study: str
     sparsity: int = 0  # percent
-    strategy: str = ""  # of TPrune, or "heads"
+    strategy: str = ""  # of TPrune, "heads", or "units"
     regularizer: str = ""
     strength: float | None = None  # None: what the target needs
     importance: str = "norm"
@@ -160,6 +161,7 @@ def tprune_variants() -> Iterator[tuple[str, Variant]]:
         if percent < 32:  # all heads but one of each attention
             yield f"heads-{percent}", variant("ssl", "heads", percent, importance="taylor")
         if percent in (20, 45):
+            yield f"units-{percent}", variant("ssl", "units", percent, importance="taylor")
             for method, strategy in (("ssl", "fine"), ("ssl", "coarse"), ("ssl", "naive"), ("shs", "fine")):
                 yield f"{method}-{strategy}-{percent}", variant(method, strategy, percent)
     for method, strengths in STRENGTHS.items():
@@ -345,6 +347,14 @@ def pruning(run: Run, model: TranslationModel) -> list[Callback]:
         )
         kept = 1 - variant.sparsity / 100 * whole / own
         return [sparsity, FinalizeCompression(params=kept, at=REMOVED_AT, report=False, module="model")]
+    if variant.strategy == "units":
+        kept = 1 - variant.sparsity / 100
+        return [
+            StructuredSparsity(
+                variant.regularizer, ("head", "ffn"), importance=variant.importance, start=0.0, module="model"
+            ),
+            FinalizeCompression(params=kept, at=REMOVED_AT, report=False, module="model"),
+        ]
     untouched: dict[str, int] = {}
     if variant.strategy == "fine":  # in the decoder queries and keys are all that becomes narrower
         for number in range(size.layers):

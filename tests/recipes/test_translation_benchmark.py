@@ -33,7 +33,16 @@ pytestmark = [
 ]
 
 RUNS = (
-    *("dense", "longer", "ssl-fine-20", "ssl-naive-45", "ssl-fine-45-large", "ssl-coarse-45-taylor-kd", "heads-20"),
+    *(
+        "dense",
+        "longer",
+        "ssl-fine-20",
+        "ssl-naive-45",
+        "ssl-fine-45-large",
+        "ssl-coarse-45-taylor-kd",
+        "heads-20",
+        "units-20",
+    ),
     *("binary-attention-report", "stochastic8-tables-code", "bssl-square-1"),
 )
 
