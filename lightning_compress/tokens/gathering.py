@@ -152,15 +152,25 @@ def gather_dims(value: Tensor, dims: tuple[int, ...], index: Tensor) -> Tensor:
     return value
 
 
-def scatter_states(full: Tensor, states: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
-    """``full`` (batch, tokens, width) with ``states`` (batch, kept, width) written to their positions; a new tensor."""
+def scatter_states(full: Tensor, states: Tensor, index: Tensor, valid: Tensor | None, fresh: bool = False) -> Tensor:
+    """``full`` (batch, tokens, width) with ``states`` (batch, kept, width) written to their positions.
+
+    Args:
+        full: states of all tokens.
+        states: those to write.
+        index: int64 (batch, kept), their positions.
+        valid: bool (batch, kept), which of them are meant; None for all.
+        fresh: nothing else holds ``full``: it is written to, where otherwise a new tensor is made.
+    """
     batch, tokens = full.shape[:2]
     flat = (index + torch.arange(batch, device=index.device).unsqueeze(1) * tokens).reshape(-1)
     rows = states.reshape(flat.shape[0], *states.shape[2:])
     if valid is not None:
         chosen = valid.reshape(-1).nonzero().squeeze(1)
         flat, rows = flat[chosen], rows[chosen]
-    return full.reshape(batch * tokens, *full.shape[2:]).index_copy(0, flat, rows.to(full.dtype)).view_as(full)
+    whole = full.reshape(batch * tokens, *full.shape[2:])
+    write = whole.index_copy_ if fresh else whole.index_copy
+    return write(0, flat, rows.to(full.dtype)).view_as(full)
 
 
 __all__ = [

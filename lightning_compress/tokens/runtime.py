@@ -594,11 +594,11 @@ class TokenRuntime:
             return self._with_mean(state, hidden)
         if not state.stages or state.index is None:
             return hidden
-        full = state.stages[0][0]
-        for states, index, valid in state.stages[1:]:
+        full, fresh = state.stages[0][0], False
+        for states, index, valid in (*state.stages[1:], (hidden, state.index, state.valid)):
             assert index is not None
-            full = scatter_states(full, states, index, valid)
-        return scatter_states(full, hidden, state.index, state.valid)
+            full, fresh = scatter_states(full, states, index, valid, fresh), True
+        return full
 
     def _with_mean(self, state: Forward, hidden: Tensor) -> Tensor:
         """The states after the last layer, with their mean in the place of tokens that left."""
@@ -616,7 +616,7 @@ class TokenRuntime:
         mean = (hidden * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)  # (batch, 1, width)
         if state.index is None:
             return mean + weights * (hidden - mean) if state.mode == "soft" else torch.where(weights > 0, hidden, mean)
-        return scatter_states(mean.expand(-1, state.tokens, -1), hidden, state.index, state.valid)
+        return scatter_states(mean.repeat(1, state.tokens, 1), hidden, state.index, state.valid, fresh=True)
 
     def places_after_layers(self) -> dict[str, list[tuple[Tensor | None, Tensor | None]]]:
         """Where the tokens in the outputs of each layer, call by call, were in the last forward.

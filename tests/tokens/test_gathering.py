@@ -13,7 +13,7 @@ from torch import nn
 from lightning_compress import attach_input_quantizers, attach_quantizers, convert, select_weights, weight_kinds
 from lightning_compress.quantization import activation_named, select_inputs
 from lightning_compress.tokens import gathering
-from lightning_compress.tokens.gathering import group_rows, slots_worth_a_call
+from lightning_compress.tokens.gathering import group_rows, scatter_states, slots_worth_a_call
 from lightning_compress.tokens.install import install_tokens, remove_tokens
 from tests.tokens.agreement import EXACT, POLICY, proven
 from tests.tokens.encoders import CALLS, furthest
@@ -101,3 +101,22 @@ def test_layers_say_what_a_cut_must_save(monkeypatch: pytest.MonkeyPatch) -> Non
         remove_tokens(model)
     assert furthest(found[0][0], found[1][0]) < EXACT
     assert len(found[0][1]) == 1 < len(found[1][1])
+
+
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_states_are_put_back_with_their_gradients(fresh: bool, some: bool) -> None:
+    full, states = torch.randn(2, 5, 3, requires_grad=True), torch.randn(2, 2, 3, requires_grad=True)
+    index, valid = torch.tensor([[0, 3], [4, 1]]), torch.tensor([[True, True], [True, False]]) if some else None
+    held = full * 1
+    before = held.detach().clone()
+    got = scatter_states(held, states, index, valid, fresh)
+    expected = before.clone()
+    for row, slot in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        if valid is None or valid[row, slot]:
+            expected[row, index[row, slot]] = states[row, slot].detach()
+    assert torch.equal(got, expected)
+    assert torch.equal(held, got if fresh else before)
+    got.sum().backward()
+    written = 3 * (4 if valid is None else 3)
+    assert (full.grad.sum(), states.grad.sum()) == (30 - written, written)
