@@ -120,3 +120,27 @@ def test_states_are_put_back_with_their_gradients(fresh: bool, some: bool) -> No
     got.sum().backward()
     written = 3 * (4 if valid is None else 3)
     assert (full.grad.sum(), states.grad.sum()) == (30 - written, written)
+
+
+def test_putting_states_back_leaves_what_layers_have_returned() -> None:
+    name = "bert-tags-sdpa"
+    model, proof = proven(name)
+    runtime = install_tokens(model, proof.runtime(POLICY))
+    runtime.worthwhile = 0.0
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def see(module: nn.Module, args: object, output: object) -> None:
+        if isinstance(output, torch.Tensor):
+            seen.append((output, output.clone()))
+
+    parts = list(model.get_submodule(runtime.stack.layers[0]).modules())[1:]
+    handles = [part.register_forward_hook(see) for part in parts]
+    try:
+        with torch.no_grad():
+            model(**CALLS[name](6, 13, seed=2))
+    finally:
+        for handle in handles:
+            handle.remove()
+        remove_tokens(model)
+    assert runtime.counts is not None and runtime.counts.entering[1].sum() < runtime.counts.entering[0].sum()
+    assert len(seen) > 5 and all(torch.equal(*pair) for pair in seen)
