@@ -136,7 +136,7 @@ def train(run: Run, folder: str) -> dict[str, Any]:
     assert finalize.plan is not None and quantize.report is not None
     RUNS.mkdir(parents=True, exist_ok=True)
     finalize.plan.save(run.plan)
-    save_compressed(module.model, run.model, factory=fresh)
+    save_compressed(module.model, run.model, factory=fresh, overwrite=True)  # of a run whose result was taken away
     small = load_compressed(run.model, factory=fresh).eval()
     found = tokens.evaluate(small, data)
     if run.exported is not None:
