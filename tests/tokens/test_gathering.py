@@ -90,9 +90,8 @@ def test_layers_say_what_a_cut_must_save(monkeypatch: pytest.MonkeyPatch) -> Non
     try:
         assert runtime.saving is None
         found = []
-        for slots_per_call in (None, 1):
-            if slots_per_call is not None:
-                monkeypatch.setattr(gathering, "CALL", {"cpu": 1.0})
+        for price in (gathering.CALL["cpu"], 1.0):
+            monkeypatch.setitem(gathering.CALL, "cpu", price)
             sizes.clear()
             with torch.no_grad():
                 found.append((model(**call), list(sizes)))
