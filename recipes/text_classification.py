@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ from torch.utils.data import DataLoader, Sampler
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModel, AutoTokenizer
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+# Batches of sentences come in hundreds of shapes. For each one oneDNN compiles its bfloat16 kernels, which takes longer
+# than to run them once, and it keeps 1,024 unless it is told otherwise before its first.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(2**16))
 
 Example = tuple[list[int], int]  # token ids, label
 

@@ -44,6 +44,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics.text import SacreBLEUScore
 
+# Batches of sentences come in hundreds of shapes. For each one oneDNN compiles its bfloat16 kernels, which takes longer
+# than to run them once, and it keeps 1,024 unless it is told otherwise before its first.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(2**16))
+
 PAD, BEGIN, END = 0, 1, 2
 SPECIAL = ("<pad>", "<s>", "</s>")
 MAX_POSITIONS = 1024

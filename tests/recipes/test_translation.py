@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import random
+import runpy
 import subprocess
 import sys
 import types
@@ -104,6 +105,20 @@ def padded(lengths: list[int], vocabulary: int = 40, columns: int = 0) -> tuple[
     padding = torch.arange(max(columns, *lengths)) >= torch.tensor(lengths).unsqueeze(1)
     ids = torch.randint(3, vocabulary, padding.shape, generator=torch.Generator().manual_seed(1))
     return ids.masked_fill(padding, PAD), padding
+
+
+@pytest.mark.parametrize("recipe", ["translation", "text_classification"])
+def test_kernels_of_many_shapes_are_kept_unless_the_user_says_otherwise(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="needs the extra `hf`")
+    capacity = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.delenv(capacity, raising=False)
+    for expected in (str(2**16), "7"):
+        if expected == "7":
+            monkeypatch.setenv(capacity, expected)
+        runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="recipe")
+        assert os.environ[capacity] == expected
 
 
 def call() -> tuple[torch.Tensor, ...]:

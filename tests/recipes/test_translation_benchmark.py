@@ -73,8 +73,11 @@ def test_names_and_commands() -> None:
     one = translation.Run("ssl-coarse-45-taylor-kd", 1, "base")
     assert one.name == "base-ssl-coarse-45-taylor-kd-seed1" and one.dense.name == "base-dense-seed1"
     assert one.arguments == ["--variant", "ssl-coarse-45-taylor-kd", "--size", "base", "--seed", "1"]
-    names = [r.variant for r in translation.all_runs("small")]
+    runs = translation.all_runs("small")
+    names = [r.variant for r in runs if r.seed == 0]
     assert len(names) == len(set(names)) == len(translation.VARIANTS) - 1
+    assert [r.variant for r in runs[: len(names)]] == names  # other seeds come last
+    assert {r.variant for r in runs[len(names) :]} == set(translation.REPEATED) and runs[-1].seed == 1
     for percent in (10, 20, 30, 45):
         assert {f"{name}-{percent}-taylor" for name in ("ssl-fine", "ssl-coarse", "shs-coarse")} <= set(names)
     for percent in (20, 45):
@@ -82,7 +85,7 @@ def test_names_and_commands() -> None:
     assert {f"{method}-fine-45-{strength}" for method in ("ssl", "shs") for strength in ("small", "large")} <= set(
         names
     )
-    quantized = [r.settings.study for r in translation.all_runs("small", ("quantization",))]
+    quantized = [r.settings.study for r in translation.all_runs("small", ("quantization",)) if r.seed == 0]
     assert quantized == ["dense", *["quantization"] * 19]
 
 
@@ -92,6 +95,18 @@ def test_what_cannot_be_reached_is_not_among_the_runs() -> None:
         assert size.ffn in (2 * size.width, 4 * size.width)
     assert "heads-30" in translation.VARIANTS and "heads-45" not in translation.VARIANTS
     assert "ssl-coarse-60-taylor" in translation.VARIANTS and "ssl-fine-60-taylor" not in translation.VARIANTS
+
+
+def test_each_seed_is_compared_with_the_reference_of_its_own() -> None:
+    def record(seed: int, first: float, second: float) -> dict[str, object]:
+        return {"seed": seed, "bleu": dict(zip(translation.TESTS, (first, second), strict=True))}
+
+    reference = [record(0, 40.0, 30.0), record(1, 30.0, 20.0)]
+    both = translation.bleu_cells([record(1, 29.0, 19.0), record(0, 40.0, 31.0)], reference)
+    assert both == ["29.00 / 40.00", "19.00 / 31.00", "-1.00 / +0.50", "-4.0 % / +1.4 %"]
+    alone = translation.bleu_cells([record(0, 38.0, 30.0), record(2, 1.0, 1.0)], reference)
+    assert alone[2:] == ["-1.00", "-2.9 %"]  # there is nothing that the last one could be compared with
+    assert translation.bleu_cells([record(0, 38.0, 30.0)], [])[2:] == ["", ""]
 
 
 def test_costs_are_those_that_the_library_counts() -> None:
