@@ -57,6 +57,8 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+from sacrebleu.metrics import BLEU  # noqa: E402
+from sacrebleu.significance import PairedTest  # noqa: E402
 from safetensors.torch import load_model, save_model  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -107,6 +109,7 @@ PULLS = {"square": (1.0, 0.3), "slab": (1.0,)}  # strengths of the proximal form
 DEAD = 1e-4  # a line is dead whose elements are smaller than this (root of the mean square)
 TOKENS = 16  # of source and target, at which MACs are stated; a sentence of Multi30k has about 16
 LENGTHS = (8, 16, 32, 64)  # at which latency is measured
+TRIALS, RESAMPLES = 10_000, 1000  # in which translations of two models change places; of the sentences of a test set
 REMOVED_AT = 0.4  # of the fit
 GRADUAL: dict[str, Any] = {"start": 0.05, "full_at": 0.4}
 QUERIES_KEYS_VALUES = ("*self_attn", "*multihead_attn")  # their packed weights: without the output projection
@@ -238,6 +241,14 @@ class Run:
     @property
     def dense(self) -> Run:
         return Run("dense", self.seed, self.size)
+
+    @property
+    def reference(self) -> Run:
+        return Run("longer", self.seed, self.size)
+
+    @property
+    def translations(self) -> Path:
+        return RUNS / f"{self.name}.translations.json"
 
     @property
     def settings(self) -> Variant:
@@ -499,11 +510,52 @@ def fit(run: Run, module: Translation, data: ParallelText, callbacks: list[Callb
     return {"seconds": seconds, "steps": steps, "seconds_per_step": seconds / max(1, steps - before)}
 
 
-def evaluate(module: Translation, data: ParallelText) -> dict[str, float]:
+class Noted(Callback):
+    """Keeps the translations of the test sets with their references, in an order that is the same in all runs."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[str, list[tuple[str, str]]] = {name: [] for name in TESTS}
+
+    def on_test_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        name = trainer.datamodule.tests[dataloader_idx]
+        self.pairs[name] += zip(outputs["translations"], batch["references"], strict=True)
+
+
+def significance(translations: list[str], reference: list[str], texts: list[str]) -> dict[str, float]:
+    """How probable so large a difference in BLEU is if it does not matter from which model a translation comes.
+
+    Returns:
+        `p`, two-sided, by approximate randomization (Riezler and Maxwell 2005), and `interval`, half of the 95 %
+        interval of the BLEU of `translations` by the choice of sentences (bootstrap).
+    """
+    systems = [("reference", reference), ("run", translations)]
+    test = PairedTest(systems, {"BLEU": BLEU()}, [texts], "ar", n_samples=TRIALS, n_ar_confidence=RESAMPLES)
+    result = test()[1]["BLEU"][1]
+    # which counts differences that are larger, and none is where all translations are the same
+    return {"p": 1.0 if translations == reference else float(result.p_value), "interval": float(result.ci)}
+
+
+def compared(run: Run, pairs: dict[str, list[tuple[str, str]]]) -> dict[str, dict[str, float]]:
+    """Write down the translations; how significant their differences to those of the reference are, if it is there."""
+    run.translations.write_text(json.dumps({name: [said for said, _ in rows] for name, rows in pairs.items()}))
+    if run == run.reference or not run.reference.translations.is_file():
+        return {}
+    other = json.loads(run.reference.translations.read_text())
+    return {
+        name: significance([said for said, _ in rows], other[name], [text for _, text in rows])
+        for name, rows in pairs.items()
+    }
+
+
+def evaluate(run: Run, module: Translation, data: ParallelText) -> dict[str, Any]:
     """BLEU in float32: greedy on the validation set, with beams on the test sets."""
+    noted = Noted()
     trainer = L.Trainer(
         accelerator="auto",
         devices=1,
+        callbacks=[noted],
         logger=False,
         enable_progress_bar=sys.stderr.isatty(),
         enable_model_summary=False,
@@ -511,7 +563,8 @@ def evaluate(module: Translation, data: ParallelText) -> dict[str, float]:
     trainer.validate(module, data, verbose=False)
     found = {"val": float(trainer.callback_metrics["val_bleu"])}
     trainer.test(module, data, verbose=False)
-    return found | {name: float(trainer.callback_metrics[f"{name}_bleu"]) for name in TESTS}
+    found |= {name: float(trainer.callback_metrics[f"{name}_bleu"]) for name in TESTS}
+    return {"bleu": found, "to_reference": compared(run, noted.pairs)}
 
 
 def train(run: Run, folder: str) -> dict[str, Any]:
@@ -545,7 +598,7 @@ def train(run: Run, folder: str) -> dict[str, Any]:
         record["verification_error"] = max(errors, default=None)  # None: removed before an interruption
     if run.settings.study == "bssl":
         record |= save_maps(run, module.model)
-    return {"bleu": evaluate(module, data), **record}
+    return evaluate(run, module, data) | record
 
 
 def single(run: Run, folder: str) -> None:
@@ -597,7 +650,8 @@ def queue(jobs: int, folder: str, size: str, studies: tuple[str, ...]) -> None:
     dense = [Run("dense", seed, size) for seed in SEEDS]
     runs = all_runs(size, studies)
     estimate(dense, runs, jobs)
-    side_by_side.run_all(__file__, (dense, runs), jobs, folder, RUNS)
+    references = [run for run in runs if run == run.reference]
+    side_by_side.run_all(__file__, (dense, references, runs), jobs, folder, RUNS)
 
 
 # Latency
@@ -698,7 +752,10 @@ def bleu_cells(rows: list[dict[str, Any]], reference: list[dict[str, Any]]) -> l
     whole = {record["seed"]: average(record) for record in reference}
     pairs = [(average(row), whole[row["seed"]]) for row in rows if row["seed"] in whole]
     absolute = " / ".join(f"{bleu - dense:+.2f}" for bleu, dense in pairs)
-    return [*cells, absolute, " / ".join(f"{100 * (bleu / max(1e-9, dense) - 1):+.1f} %" for bleu, dense in pairs)]
+    percent = " / ".join(f"{100 * (bleu / max(1e-9, dense) - 1):+.1f} %" for bleu, dense in pairs)
+    found = [row.get("to_reference") for row in rows]  # none where the reference kept no translations
+    chances = [", ".join(f"{one[name]['p']:.2g}" for name in TESTS) if one else "-" for one in found]
+    return [*cells, absolute, percent, " / ".join(chances) if any(found) else ""]
 
 
 def table(size: str) -> None:
@@ -707,12 +764,14 @@ def table(size: str) -> None:
     timing = RESULTS / f"{size}-latency.json"
     cells = json.loads(timing.read_text())["cells"] if timing.is_file() else {}
     reference = found_of(found, "longer")
-    head = f"{' | '.join(f'BLEU {name}' for name in TESTS)} | to longer | in percent"
+    head = f"{' | '.join(f'BLEU {name}' for name in TESTS)} | to longer | in percent | p"
     lines = [
-        f"Size {size}; `longer` is the dense model trained on for as long as the others.\n",
+        f"Size {size}; `longer` is the dense model trained on for as long as the others. Seeds are side by side.\n",
+        "p, for each test set: how probable so large a difference to `longer` is if both translate equally well",
+        f"(approximate randomization, {TRIALS} trials; empty where a run kept no translations).\n",
         "## Structured pruning\n",
         f"| variant | {head} | sparsity | MACs kept | {''.join(f'{cell} | ' for cell in cells)}verification error |",
-        f"|---|---|---|---|---|---|---|{'---|' * len(cells)}---|",
+        f"|---|---|---|---|---|---|---|---|{'---|' * len(cells)}---|",
     ]
     for variant in (name for name, v in VARIANTS.items() if v.study in ("dense", "tprune")):
         rows = found_of(found, variant)
@@ -729,7 +788,7 @@ def table(size: str) -> None:
             f"{max(errors):.0e}" if errors else "",
         ]
         lines.append(f"| {' | '.join(row)} |")
-    lines += ["\n## Quantization\n", f"| variant | {head} | megabytes |", "|---|---|---|---|---|---|"]
+    lines += ["\n## Quantization\n", f"| variant | {head} | megabytes |", "|---|---|---|---|---|---|---|"]
     for variant in (name for name, v in VARIANTS.items() if v.study in ("dense", "quantization")):
         if rows := found_of(found, variant):
             size_cell = f"{mean(row['bytes'] for row in rows) / 1e6:.2f}"
@@ -738,7 +797,7 @@ def table(size: str) -> None:
         "\n## Dead lines under the block-wise group lasso\n",
         "Percent of the rows and columns of blocks, means of the layers.\n",
         f"| variant | {head} | matrix | rows, encoder | columns, encoder | rows, decoder | columns, decoder |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for variant in (name for name, v in VARIANTS.items() if v.study == "bssl"):
         rows = found_of(found, variant)
@@ -754,7 +813,7 @@ def table(size: str) -> None:
                 ]
                 for which in ("rows", "columns"):
                     shares.append(f"{100 * mean(layer[which] for layer in layers):.1f}" if layers else "")
-            first = [variant, *bleu_cells(rows, reference)] if not number else [""] * 5
+            first = [variant, *bleu_cells(rows, reference)] if not number else [""] * 6
             lines.append(f"| {' | '.join([*first, kind, *shares])} |")
     text = "\n".join(lines) + "\n"
     RESULTS.mkdir(parents=True, exist_ok=True)

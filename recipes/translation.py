@@ -436,13 +436,16 @@ class Translation(L.LightningModule):
         self.log("val_loss", loss, batch_size=int(batch["labels"].ne(PAD).sum()), prog_bar=True)
         self.score("val", batch, beam=1)
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.score(self.trainer.datamodule.tests[dataloader_idx], batch, self.hparams.beam)
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[str]]:
+        """The translations, for callbacks that keep them (`on_test_batch_end`)."""
+        return {"translations": self.score(self.trainer.datamodule.tests[dataloader_idx], batch, self.hparams.beam)}
 
-    def score(self, name: str, batch: dict[str, Any], beam: int) -> None:
-        decode = self.trainer.datamodule.decode
+    def score(self, name: str, batch: dict[str, Any], beam: int) -> list[str]:
+        """Translate a batch and count it towards the BLEU of a set of sentences."""
         found = search(self.model, batch["source"], batch["source"].eq(PAD), beam, self.hparams.length_penalty)
-        self.bleu[name].update([decode(f.ids) for f in found], [[text] for text in batch["references"]])
+        translations = [self.trainer.datamodule.decode(f.ids) for f in found]
+        self.bleu[name].update(translations, [[text] for text in batch["references"]])
+        return translations
 
     def setup(self, stage: str) -> None:
         names = self.trainer.datamodule.tests if stage == "test" else ["val"]

@@ -89,6 +89,17 @@ def test_names_and_commands() -> None:
     assert quantized == ["dense", *["quantization"] * 19]
 
 
+def test_the_reference_comes_before_what_is_compared_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages: list[list[str]] = []
+    monkeypatch.setattr(
+        translation.side_by_side,
+        "run_all",
+        lambda _, found, *rest: stages.extend([r.variant for r in s] for s in found),
+    )
+    translation.queue(2, "data", "small", ("bssl",))
+    assert stages[0] == ["dense"] * 2 and stages[1] == ["longer"] * 2 and "bssl-square-1" in stages[2]
+
+
 def test_what_cannot_be_reached_is_not_among_the_runs() -> None:
     for size in SIZES.values():
         assert 12 / 28 * (size.heads - 1) / size.heads < 0.45  # of width^2: three attentions to two feed-forward parts
@@ -103,10 +114,25 @@ def test_each_seed_is_compared_with_the_reference_of_its_own() -> None:
 
     reference = [record(0, 40.0, 30.0), record(1, 30.0, 20.0)]
     both = translation.bleu_cells([record(1, 29.0, 19.0), record(0, 40.0, 31.0)], reference)
-    assert both == ["29.00 / 40.00", "19.00 / 31.00", "-1.00 / +0.50", "-4.0 % / +1.4 %"]
+    assert both == ["29.00 / 40.00", "19.00 / 31.00", "-1.00 / +0.50", "-4.0 % / +1.4 %", ""]
     alone = translation.bleu_cells([record(0, 38.0, 30.0), record(2, 1.0, 1.0)], reference)
-    assert alone[2:] == ["-1.00", "-2.9 %"]  # there is nothing that the last one could be compared with
-    assert translation.bleu_cells([record(0, 38.0, 30.0)], [])[2:] == ["", ""]
+    assert alone[2:] == ["-1.00", "-2.9 %", ""]  # there is nothing that the last one could be compared with
+    assert translation.bleu_cells([record(0, 38.0, 30.0)], [])[2:] == ["", "", ""]
+    tested = record(1, 30.0, 20.0) | {"to_reference": {name: {"p": 0.251} for name in translation.TESTS}}
+    assert translation.bleu_cells([record(0, 40.0, 30.0), tested], reference)[-1] == "- / 0.25, 0.25"
+
+
+def test_differences_are_compared_with_what_other_sentences_would_give() -> None:
+    texts = [f"the {a} cat sees the {b} dog and goes home" for a in ("old", "new", "red") for b in ("big", "sad")] * 5
+    wrong = [text.replace("cat sees", "sees cat") if number % 3 == 0 else text for number, text in enumerate(texts)]
+    alike = translation.significance(list(texts), list(texts), texts)
+    assert alike == {"p": 1.0, "interval": 0.0}
+    worse = translation.significance(wrong, texts, texts)
+    assert worse["p"] < 0.01 and worse["interval"] > 1
+    # as many mistakes, some of them elsewhere
+    other = [text.replace("cat sees", "sees cat") if number % 4 == 0 else text for number, text in enumerate(texts)]
+    other[1:4:2] = [text.replace("cat sees", "sees cat") for text in texts[1:4:2]]
+    assert translation.significance(other, wrong, texts)["p"] > 0.2
 
 
 def test_costs_are_those_that_the_library_counts() -> None:
@@ -125,6 +151,9 @@ def test_every_study_runs_and_the_table_has_it(data: str, capsys: pytest.Capture
         translation.single(run(variant), data)
         records[variant] = json.loads(run(variant).result.read_text())
         assert set(records[variant]["bleu"]) == {"val", *translation.TESTS}
+        assert set(records[variant]["to_reference"]) == (set() if variant in RUNS[:2] else set(translation.TESTS))
+        said = json.loads(run(variant).translations.read_text())
+        assert {name: len(rows) for name, rows in said.items()} == dict.fromkeys(translation.TESTS, 4)
         assert (
             records[variant]["command"] == f"python benchmarks/translation.py --variant {variant} --size tiny --seed 0"
         )
