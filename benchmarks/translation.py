@@ -28,7 +28,8 @@ what the others have to be compared with, since a falling learning rate alone ra
     heads        the baseline: whole heads by group lasso, ranked by first-order importance, the same schedule
     units        whole heads and feed-forward units likewise: what this library does unless it is told otherwise
     binary, stochasticB   weights trained as integers; -report and -code are the literal forms of the second study, from
-                 the first step on; of the others a growing part of the elements is quantized
+                 the first step on; of the others a growing part of the elements is quantized; -nearest rounds at random
+                 for 0.7 of the fit, then as in evaluation
     bssl         block-wise group lasso, nothing removed; norms of the lines of all blocks go to results/.../maps
 """
 
@@ -112,6 +113,7 @@ LENGTHS = (8, 16, 32, 64)  # at which latency is measured
 TRIALS, RESAMPLES = 10_000, 1000  # in which translations of two models change places; of the sentences of a test set
 REMOVED_AT = 0.4  # of the fit
 GRADUAL: dict[str, Any] = {"start": 0.05, "full_at": 0.4}
+NEAREST_AT = 0.7
 QUERIES_KEYS_VALUES = ("*self_attn", "*multihead_attn")  # their packed weights: without the output projection
 
 
@@ -187,6 +189,9 @@ def quantization_variants() -> Iterator[tuple[str, Variant]]:
     for bits in (8, 4, 2, 1):
         when = {} if bits == 8 else GRADUAL
         yield f"stochastic{bits}-attention", variant(Stochastic(bits, norm="mse"), "attention", **when)
+        if bits <= 2:
+            settled = {**when, "nearest_at": NEAREST_AT}
+            yield f"stochastic{bits}-attention-nearest", variant(Stochastic(bits, norm="mse"), "attention", **settled)
         yield f"stochastic{bits}-attention-report", variant(Stochastic.of_the_report(bits), "attention")
         yield f"stochastic{bits}-attention-code", variant(Stochastic.of_the_code(bits), QUERIES_KEYS_VALUES)
     tables = ("attention", "embedding")

@@ -1,7 +1,7 @@
 """Train the original encoder-decoder Transformer to translate and, with the presets of `callbacks/`, make it smaller.
 
 A folder with parallel text, one sentence a line (`train.en` and `train.de`, `val.*`, any number of `test*.*`, each
-plain or `.gz`), in 12 epochs of about three minutes on two cores (Multi30k):
+plain or `.gz`); Multi30k takes 27 minutes on two cores, 12 epochs to a BLEU of 36.3 on the test set of 2016:
 
     python recipes/translation.py fit --config recipes/translation.yaml --data.dataset=path/to/multi30k
 

@@ -47,8 +47,8 @@ class QuantizationAwareTraining(Callback):
 
     From ``start`` on every forward pass reads :math:`\hat w = Q(w)` in the place of the chosen weights, and gradients
     pass straight through to :math:`w`. In training a part of the elements, drawn at random and growing from ``start``
-    to ``full_at``, is quantized and the others are not; stochastic quantizers round at random. Evaluation is always
-    whole and deterministic, as the integers will be that are stored in the end.
+    to ``full_at``, is quantized and the others are not; stochastic quantizers round at random, until ``nearest_at``.
+    Evaluation is always whole and deterministic, as the integers will be that are stored in the end.
 
     Parameters, their names and the optimizer's groups stay what they are, so that checkpoints, removals by
     `FinalizeCompression`, before or after ``start``, averaged weights and DistributedDataParallel go on as without it.
@@ -70,6 +70,10 @@ class QuantizationAwareTraining(Callback):
         learning_rate: of learned step sizes, relative to them.
         seed: of everything random.
         module: dotted name of the sub-module that is quantized. Default: found from the first step.
+        nearest_at: fraction of the fit, at least ``start`` and below 1, from which on stochastic quantizers round in
+            training as they do in evaluation, to the nearest level: weights that were trained for the mean of many
+            roundings adapt to the one that stays. Default: at random to the end, as in QSGD. Other quantizers do not
+            notice.
 
     Attributes:
         quantizers: what is attached, by names of parameters; empty before ``start``.
@@ -100,6 +104,7 @@ class QuantizationAwareTraining(Callback):
         learning_rate: float = 2e-3,
         seed: int = 0,
         module: str | None = None,
+        nearest_at: float | None = None,
     ) -> None:
         for quantizer in (weights, *(modules.values() if isinstance(modules, Mapping) else ())):
             if quantizer is not None:
@@ -109,6 +114,11 @@ class QuantizationAwareTraining(Callback):
         if full_at is not None and not start <= full_at <= 1:
             raise ValueError(
                 f"Expected full_at, a fraction of the fit, to be from start={start:g} to 1, but got {full_at}."
+            )
+        if nearest_at is not None and not start <= nearest_at < 1:
+            raise ValueError(
+                f"Expected nearest_at, a fraction of the fit, to be from start={start:g} to below 1, but got "
+                f"{nearest_at}."
             )
         self.activations = None if activations is None else activation_named(activations)
         if backend not in (None, "auto", *BACKENDS):
@@ -121,6 +131,7 @@ class QuantizationAwareTraining(Callback):
         self.modules = modules
         self.start = start
         self.full_at = start if full_at is None else full_at
+        self.nearest_at = nearest_at
         self.backend = backend
         self.learning_rate = learning_rate
         self.seed = seed
@@ -180,8 +191,9 @@ class QuantizationAwareTraining(Callback):
         session.processes = Processes.of(trainer)
         session.watch(pl_module)
         self._length = FitLength.of(trainer, session.max_epochs)
-        if self.full_at > 0:
-            Moment(at=self.full_at).check(self._length, "QuantizationAwareTraining", session.processes.count)
+        for at in (self.full_at, self.nearest_at):
+            if at:
+                Moment(at=at).check(self._length, "QuantizationAwareTraining", session.processes.count)
         if self._state is not None:
             self._restore(pl_module, self._state)
             self._state = None
@@ -201,8 +213,9 @@ class QuantizationAwareTraining(Callback):
         if not self.quantizers and self._at >= self.start - 1e-9:
             self._begin(pl_module)
         mix = self._mix()
+        nearest = self.nearest_at is not None and self._at >= self.nearest_at - 1e-9
         for quantizing in self.quantizers.values():
-            quantizing.draw, quantizing.mix = batches_done(trainer), mix
+            quantizing.draw, quantizing.mix, quantizing.nearest = batches_done(trainer), mix, nearest
         if self.quantizers:
             pl_module.log("quantization/mix", torch.tensor(mix), on_step=True, on_epoch=False, batch_size=1)
 
@@ -229,11 +242,13 @@ class QuantizationAwareTraining(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if weights were not quantized, or never read."""
-        if not self.quantizers or self._at < self.full_at - 1e-9:
+        nearest_at = self.nearest_at or 0.0
+        if not self.quantizers or self._at < max(self.full_at, nearest_at) - 1e-9:
+            nearest = f", to the nearest from {nearest_at:.0%}" if nearest_at else ""
             rank_zero_warn(
                 f"The fit ended at {self._at:.0%}, before QuantizationAwareTraining had come to its end (weights "
-                f"quantized from {self.start:.0%}, all of them from {self.full_at:.0%}). Train longer, or let early "
-                "stopping begin after that."
+                f"quantized from {self.start:.0%}, all of them from {self.full_at:.0%}{nearest}). Train longer, or let "
+                "early stopping begin after that."
             )
         unread = [name for name, quantizing in self.quantizers.items() if not quantizing.calls]
         if unread:

@@ -34,6 +34,7 @@ class WeightQuantizer:
         step: what is learned, a leaf (blocks, 1) that is not registered with the module; None for nothing.
         enabled: whether it quantizes at all.
         mix: part of the weight that is quantized in training, drawn at random; in evaluation it is the whole.
+        nearest: whether training rounds as evaluation does, and not at random.
         seed: of everything random; the same in all processes of a fit.
         draw: number of the draw. The same draw gives the same values, in a repeated forward, too.
         calls: how often the weight was read, quantized.
@@ -45,6 +46,7 @@ class WeightQuantizer:
         self.step = None if step is None else step.detach().requires_grad_()
         self.enabled = True
         self.mix = 1.0
+        self.nearest = False
         self.seed, self.draw = seed, 0
         self.calls = 0
 
@@ -56,7 +58,7 @@ class WeightQuantizer:
         if not training:
             return self.quantizer(weight, None, self._step(weight))
         generator = self._generator()
-        quantized = self.quantizer(weight, generator, self._step(weight))
+        quantized = self.quantizer(weight, None if self.nearest else generator, self._step(weight))
         if self.mix >= 1:
             return quantized
         chosen = torch.rand(weight.shape, generator=generator) < self.mix

@@ -61,6 +61,12 @@ class Diary(pl.Callback):
         self.mixes.append(next(iter(found.values())).mix if found else -1.0)
 
 
+def _weight_read(model: nn.Module, name: str) -> Tensor:
+    """What the module reads in the place of a parameter, in the mode in which it is."""
+    path, _, key = name.rpartition(".")
+    return getattr(model.get_submodule(path), key).detach()
+
+
 def quantized_state(model: nn.Module) -> dict[str, Tensor]:
     """What evaluation reads in the place of every quantized weight."""
     found, parameters = weight_quantizers(model), dict(model.named_parameters())
@@ -88,6 +94,24 @@ def test_the_fit_computes_with_quantized_weights_from_start_on() -> None:
     output = module.model.eval()(x)
     assert torch.equal(output, plain.eval()(x))
     assert not torch.allclose(output, full)
+
+
+@pytest.mark.parametrize("nearest_at", [None, 0.0, 0.6])
+def test_from_nearest_at_on_training_reads_what_evaluation_reads(nearest_at: float | None) -> None:
+    read: list[bool] = []
+
+    class Look(pl.Callback):
+        def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
+            evaluated = quantized_state(pl_module.model)
+            read.append(
+                all(torch.equal(_weight_read(pl_module.model, name), value) for name, value in evaluated.items())
+            )
+
+    fit(transformer(), QuantizationAwareTraining(Stochastic(2), nearest_at=nearest_at), Look(), max_epochs=5)
+    steps = 5 * BATCHES
+    at_random = {None: steps, 0.0: 0, 0.6: 3 * BATCHES}[nearest_at]
+    # the first step shows what is called: in it nothing is quantized yet
+    assert read[1:] == [False] * max(0, at_random - 1) + [True] * (steps - max(1, at_random))
 
 
 def test_training_learns_what_rounding_afterwards_loses() -> None:
@@ -247,7 +271,14 @@ def test_the_teacher_computes_with_weights_as_they_are(sparsify: bool) -> None:
 
 @pytest.mark.parametrize(
     ("weights", "removes", "epoch"),
-    [("lsq4", False, 1), (Stochastic(4), False, 2), ("lsq4", False, 3), ("lsq4", True, 4), ("int8", True, 2)],
+    [
+        ("lsq4", False, 1),
+        (Stochastic(4), False, 2),
+        (Stochastic(1), False, 5),
+        ("lsq4", False, 3),
+        ("lsq4", True, 4),
+        ("int8", True, 2),
+    ],
     ids=str,
 )
 def test_straight_equals_crash_and_resume(weights: Any, removes: bool, epoch: int, tmp_path: Path) -> None:
@@ -256,7 +287,8 @@ def test_straight_equals_crash_and_resume(weights: Any, removes: bool, epoch: in
 
     def run(*more: pl.Callback, resume: Path | None = None) -> tuple[Classifier, QuantizationAwareTraining]:
         module = transformer()
-        quantize = QuantizationAwareTraining(weights, start=0.2, full_at=0.7, activations=activations)
+        settings: dict[str, Any] = {"nearest_at": 0.5} if weights == Stochastic(1) else {}
+        quantize = QuantizationAwareTraining(weights, start=0.2, full_at=0.7, activations=activations, **settings)
         removal = [FinalizeCompression(macs=0.5, at=0.5, report=False)] if removes else []
         own = trainer(quantize, *removal, *more, max_epochs=6)
         own.fit(module, loader(sequences=True), ckpt_path=None if resume is None else str(resume))
@@ -355,6 +387,11 @@ def test_processes_draw_and_learn_alike() -> None:
         ({"modules": {"ffn": "int1"}}, r"but got 'int1'. One bit is 'binary'"),
         ({"start": 1.0}, r"start, a fraction of the fit, to be in \[0, 1\), but got 1.0"),
         ({"start": 0.5, "full_at": 0.4}, r"full_at, a fraction of the fit, to be from start=0.5 to 1, but got 0.4"),
+        (
+            {"start": 0.5, "nearest_at": 0.4},
+            r"nearest_at, a fraction of the fit, to be from start=0.5 to below 1, but got 0.4",
+        ),
+        ({"nearest_at": 1.0}, r"nearest_at, a fraction of the fit, to be from start=0 to below 1, but got 1.0"),
         ({"learning_rate": 0.0}, r"learning_rate of step sizes to be above 0, but got 0.0"),
         ({"activations": "int9"}, r"quantizer of activations or one of 'int8' to 'int2' and 'lsq8' to 'lsq2', but got"),
         (
@@ -392,6 +429,10 @@ def test_fits_that_end_early_and_weights_that_nobody_reads_are_told() -> None:
 
     with pytest.warns(UserWarning, match=r"ended at 40%, before QuantizationAwareTraining .*quantized from 0%, "):
         fit(transformer(), QuantizationAwareTraining(full_at=0.6), Stop())
+    with pytest.warns(
+        UserWarning, match=r"ended at 40%.*, all of them from 20%, to the nearest from 80%\). Train longer"
+    ):
+        fit(transformer(), QuantizationAwareTraining(full_at=0.2, nearest_at=0.8), Stop())
 
     class Sometimes(nn.Module):
         """Has a weight that it need not read."""
