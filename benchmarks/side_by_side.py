@@ -28,20 +28,18 @@ class Run(Protocol):
     def result(self) -> Path: ...
 
 
-# to the C library: keep the memory of large tensors, which every step makes anew, instead of giving it back each time;
-# to oneDNN: keep the bfloat16 kernels it compiles for each shape, of which batches by tokens have more than it expects
-KEPT = {
+# to the C library: keep the memory of large tensors, which every step makes anew, instead of giving it back each time
+KEPT_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "MALLOC_TOP_PAD_": str(2**28),
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(2**16),
 }
 
 
 def run_all(script: str, stages: Iterable[Iterable[Run]], jobs: int, data: str, logs: Path) -> None:
     """Every run without a result, each in a process with one thread; a stage begins when the one before has ended."""
     # threads that wait busily for their turn would take the cores of the other runs
-    environment = {**KEPT, **os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {**KEPT_MEMORY, **os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     logs.mkdir(parents=True, exist_ok=True)
 
     def start(run: Run) -> None:
