@@ -27,6 +27,8 @@ what the others have to be compared with, since a falling learning rate alone ra
                  strength the target sets
     heads        the baseline: whole heads by group lasso, ranked by first-order importance, the same schedule
     units        whole heads and feed-forward units likewise: what this library does unless it is told otherwise
+    heads-units  the same, but each feed-forward part keeps 9/16 of its units, so that half of what goes are heads,
+                 which take more time than their MACs say
     binary, stochasticB   weights trained as integers; -report and -code are the literal forms of the second study, from
                  the first step on; of the others a growing part of the elements is quantized; -nearest rounds at random
                  for 0.7 of the fit, then as in evaluation
@@ -112,6 +114,7 @@ TOKENS = 16  # of source and target, at which MACs are stated; a sentence of Mul
 LENGTHS = (8, 16, 32, 64)  # at which latency is measured
 TRIALS, RESAMPLES = 10_000, 1000  # in which translations of two models change places; of the sentences of a test set
 REMOVED_AT = 0.4  # of the fit
+FFN_FLOOR = 9 / 16  # of the feed-forward units, where heads have to go
 GRADUAL: dict[str, Any] = {"start": 0.05, "full_at": 0.4}
 NEAREST_AT = 0.7
 QUERIES_KEYS_VALUES = ("*self_attn", "*multihead_attn")  # their packed weights: without the output projection
@@ -143,7 +146,7 @@ class Variant:
 
     study: str
     sparsity: int = 0  # percent
-    strategy: str = ""  # of TPrune, "heads", or "units"
+    strategy: str = ""  # of TPrune, "heads", "units" or "heads-units"
     regularizer: str = ""
     strength: float | None = None  # None: what the target needs
     importance: str = "norm"
@@ -168,6 +171,8 @@ def tprune_variants() -> Iterator[tuple[str, Variant]]:
             yield f"heads-{percent}", variant("ssl", "heads", percent, importance="taylor")
         if percent in (20, 45):
             yield f"units-{percent}", variant("ssl", "units", percent, importance="taylor")
+            if percent == 45:
+                yield f"heads-units-{percent}", variant("ssl", "heads-units", percent, importance="taylor")
             for method, strategy in (("ssl", "fine"), ("ssl", "coarse"), ("ssl", "naive"), ("shs", "fine")):
                 yield f"{method}-{strategy}-{percent}", variant(method, strategy, percent)
     for method, strengths in STRENGTHS.items():
@@ -368,13 +373,14 @@ def pruning(run: Run, model: TranslationModel) -> list[Callback]:
         )
         kept = 1 - variant.sparsity / 100 * whole / own
         return [sparsity, FinalizeCompression(params=kept, at=REMOVED_AT, report=False, module="model")]
-    if variant.strategy == "units":
+    if variant.strategy in ("units", "heads-units"):
         kept = 1 - variant.sparsity / 100
+        floor = int(FFN_FLOOR * size.ffn) if variant.strategy == "heads-units" else 1
         return [
             StructuredSparsity(
                 variant.regularizer, ("head", "ffn"), importance=variant.importance, start=0.0, module="model"
             ),
-            FinalizeCompression(params=kept, at=REMOVED_AT, report=False, module="model"),
+            FinalizeCompression(params=kept, at=REMOVED_AT, min_units={"ffn": floor}, report=False, module="model"),
         ]
     untouched: dict[str, int] = {}
     if variant.strategy == "fine":  # in the decoder queries and keys are all that becomes narrower

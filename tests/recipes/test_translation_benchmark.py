@@ -42,6 +42,7 @@ RUNS = (
         "ssl-coarse-45-taylor-kd",
         "heads-20",
         "units-20",
+        "heads-units-45",
     ),
     *("binary-attention-report", "stochastic8-tables-code", "bssl-square-1"),
 )
@@ -174,8 +175,13 @@ def test_every_study_runs_and_the_table_has_it(data: str, capsys: pytest.Capture
             attentions = (layer.self_attn, layer.multihead_attn)
             if "fine" in variant:
                 assert layer.linear1.out_features == 64 and all(a.out_proj.in_features == 32 for a in attentions)
-            if "heads" in variant:
+            if variant == "heads-20":
                 assert layer.linear1.out_features == 64
+        if variant == "heads-units-45":
+            layers = (*small.transformer.encoder.layers, *small.transformer.decoder.layers)
+            assert all(36 <= layer.linear1.out_features <= 64 for layer in layers)
+            gone = 24 - sum(m.num_heads for m in small.modules() if isinstance(m, nn.MultiheadAttention))
+            assert gone >= 11  # of 24, which are 60 % of the weights, where the others give 17.5 % at most
     assert {records[name]["sparsity"] for name in ("dense", "longer")} == {0}
     for variant in ("stochastic8-tables-code", "binary-attention-report"):
         assert records[variant]["bytes"] < records["longer"]["bytes"]
