@@ -191,9 +191,11 @@ def quantization_variants() -> Iterator[tuple[str, Variant]]:
     yield "binary-all-report", variant(literal, None, scale_free=True)
     yield "binary-attention", variant("binary", "attention", **GRADUAL)
     yield "binary-attention-report", variant(literal, "attention", scale_free=True)
-    for bits in (8, 4, 2, 1):
+    for bits in (8, 4, 3, 2, 1):
         when = {} if bits == 8 else GRADUAL
         yield f"stochastic{bits}-attention", variant(Stochastic(bits, norm="mse"), "attention", **when)
+        if bits == 3:  # seven levels, which that study calls two bits, as it does not count the sign
+            continue
         if bits <= 2:
             settled = {**when, "nearest_at": NEAREST_AT}
             yield f"stochastic{bits}-attention-nearest", variant(Stochastic(bits, norm="mse"), "attention", **settled)
