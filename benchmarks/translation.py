@@ -29,9 +29,10 @@ what the others have to be compared with, since a falling learning rate alone ra
     units        whole heads and feed-forward units likewise: what this library does unless it is told otherwise
     heads-units  the same, but each feed-forward part keeps 9/16 of its units, so that half of what goes are heads,
                  which take more time than their MACs say
-    binary, stochasticB   weights trained as integers; -report and -code are the literal forms of the second study, from
-                 the first step on; of the others a growing part of the elements is quantized; -nearest rounds at random
-                 for 0.7 of the fit, then as in evaluation
+    binary, stochasticB, lsq2
+                 weights trained as integers; -report and -code are the literal forms of the second study, from the
+                 first step on; of the others a growing part of the elements is quantized; -nearest rounds at random for
+                 0.7 of the fit, then as in evaluation
     bssl         block-wise group lasso, nothing removed; norms of the lines of all blocks go to results/.../maps
 """
 
@@ -191,6 +192,7 @@ def quantization_variants() -> Iterator[tuple[str, Variant]]:
     yield "binary-all-report", variant(literal, None, scale_free=True)
     yield "binary-attention", variant("binary", "attention", **GRADUAL)
     yield "binary-attention-report", variant(literal, "attention", scale_free=True)
+    yield "lsq2-attention", variant("lsq2", "attention", **GRADUAL)
     for bits in (8, 4, 3, 2, 1):
         when = {} if bits == 8 else GRADUAL
         yield f"stochastic{bits}-attention", variant(Stochastic(bits, norm="mse"), "attention", **when)
