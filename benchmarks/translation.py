@@ -28,7 +28,7 @@ what the others have to be compared with, since a falling learning rate alone ra
     heads        the baseline: whole heads by group lasso, ranked by first-order importance, the same schedule
     units        whole heads and feed-forward units likewise: what this library does unless it is told otherwise
     heads-units  the same, but each feed-forward part keeps 9/16 of its units, so that half of what goes are heads,
-                 which take more time than their MACs say
+                 which take more time than other units with as many MACs
     binary, stochasticB, lsq2
                  weights trained as integers; -report and -code are the literal forms of the second study, from the
                  first step on; of the others a growing part of the elements is quantized; -nearest rounds at random for
