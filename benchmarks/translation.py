@@ -27,12 +27,13 @@ what the others have to be compared with, since a falling learning rate alone ra
                  strength the target sets
     heads        the baseline: whole heads by group lasso, ranked by first-order importance, the same schedule
     units        whole heads and feed-forward units likewise: what this library does unless it is told otherwise
-    heads-units  the same, but each feed-forward part keeps 9/16 of its units, so that half of what goes are heads,
-                 which take more time than other units with as many MACs
+    heads-units  the same, but each feed-forward part keeps 15/16 (of 20 percent) or 9/16 (of 45) of its units, so that
+                 most or half of what goes are heads, which take more time than other units with as many MACs
     binary, stochasticB, lsq2
                  weights trained as integers; -report and -code are the literal forms of the second study, from the
                  first step on; of the others a growing part of the elements is quantized; -nearest rounds at random for
                  0.7 of the fit, then as in evaluation
+    -taught      any of these, and the dense model again, with half of the loss from the answers of `longer`
     bssl         block-wise group lasso, nothing removed; norms of the lines of all blocks go to results/.../maps
 """
 
@@ -115,9 +116,10 @@ TOKENS = 16  # of source and target, at which MACs are stated; a sentence of Mul
 LENGTHS = (8, 16, 32, 64)  # at which latency is measured
 TRIALS, RESAMPLES = 10_000, 1000  # in which translations of two models change places; of the sentences of a test set
 REMOVED_AT = 0.4  # of the fit
-FFN_FLOOR = 9 / 16  # of the feed-forward units, where heads have to go
+FFN_FLOORS = {20: 15 / 16, 45: 9 / 16}  # of the feed-forward units, where heads have to go: by percent of the weights
 GRADUAL: dict[str, Any] = {"start": 0.05, "full_at": 0.4}
 NEAREST_AT = 0.7
+TAUGHT: dict[str, Any] = {"distillation": 0.5, "teacher": "longer"}
 QUERIES_KEYS_VALUES = ("*self_attn", "*multihead_attn")  # their packed weights: without the output projection
 
 
@@ -151,7 +153,8 @@ class Variant:
     regularizer: str = ""
     strength: float | None = None  # None: what the target needs
     importance: str = "norm"
-    distillation: float = 0.0
+    distillation: float = 0.0  # weight of a teacher's answers in the loss
+    teacher: str = ""  # the finished run that teaches; none: the model as it was before it lost anything
     quantization: dict[str, Any] = field(default_factory=dict)  # arguments of the callback
     scale_free: bool = False  # logits divided by 25 d, which weights of +1 and -1 need
     block: str = ""  # of BSSL
@@ -170,10 +173,11 @@ def tprune_variants() -> Iterator[tuple[str, Variant]]:
                 yield f"{method}-{strategy}-{percent}-taylor", variant(method, strategy, percent, importance="taylor")
         if percent < 32:  # all heads but one of each attention
             yield f"heads-{percent}", variant("ssl", "heads", percent, importance="taylor")
+        if percent == 20:
+            yield f"heads-{percent}-taught", variant("ssl", "heads", percent, importance="taylor", **TAUGHT)
         if percent in (20, 45):
             yield f"units-{percent}", variant("ssl", "units", percent, importance="taylor")
-            if percent == 45:
-                yield f"heads-units-{percent}", variant("ssl", "heads-units", percent, importance="taylor")
+            yield f"heads-units-{percent}", variant("ssl", "heads-units", percent, importance="taylor")
             for method, strategy in (("ssl", "fine"), ("ssl", "coarse"), ("ssl", "naive"), ("shs", "fine")):
                 yield f"{method}-{strategy}-{percent}", variant(method, strategy, percent)
     for method, strengths in STRENGTHS.items():
@@ -183,9 +187,9 @@ def tprune_variants() -> Iterator[tuple[str, Variant]]:
 
 
 def quantization_variants() -> Iterator[tuple[str, Variant]]:
-    def variant(weights: Any, modules: Any, scale_free: bool = False, **when: Any) -> Variant:
+    def variant(weights: Any, modules: Any, scale_free: bool = False, more: Any = None, **when: Any) -> Variant:
         settings = {"weights": weights, "modules": modules, **when}
-        return Variant("quantization", quantization=settings, scale_free=scale_free)
+        return Variant("quantization", quantization=settings, scale_free=scale_free, **(more or {}))
 
     literal = Binary.of_the_report()
     yield "binary-all", variant("binary", None, **GRADUAL)
@@ -200,7 +204,9 @@ def quantization_variants() -> Iterator[tuple[str, Variant]]:
             continue
         if bits <= 2:
             settled = {**when, "nearest_at": NEAREST_AT}
-            yield f"stochastic{bits}-attention-nearest", variant(Stochastic(bits, norm="mse"), "attention", **settled)
+            levels = Stochastic(bits, norm="mse")
+            yield f"stochastic{bits}-attention-nearest", variant(levels, "attention", **settled)
+            yield f"stochastic{bits}-attention-nearest-taught", variant(levels, "attention", more=TAUGHT, **settled)
         yield f"stochastic{bits}-attention-report", variant(Stochastic.of_the_report(bits), "attention")
         yield f"stochastic{bits}-attention-code", variant(Stochastic.of_the_code(bits), QUERIES_KEYS_VALUES)
     tables = ("attention", "embedding")
@@ -220,6 +226,7 @@ def bssl_variants() -> Iterator[tuple[str, Variant]]:
 VARIANTS: dict[str, Variant] = {
     "dense": Variant("dense"),
     "longer": Variant("dense"),
+    "longer-taught": Variant("dense", **TAUGHT),
     **dict(tprune_variants()),
     **dict(quantization_variants()),
     **dict(bssl_variants()),
@@ -379,7 +386,7 @@ def pruning(run: Run, model: TranslationModel) -> list[Callback]:
         return [sparsity, FinalizeCompression(params=kept, at=REMOVED_AT, report=False, module="model")]
     if variant.strategy in ("units", "heads-units"):
         kept = 1 - variant.sparsity / 100
-        floor = int(FFN_FLOOR * size.ffn) if variant.strategy == "heads-units" else 1
+        floor = int(FFN_FLOORS[variant.sparsity] * size.ffn) if variant.strategy == "heads-units" else 1
         return [
             StructuredSparsity(
                 variant.regularizer, ("head", "ffn"), importance=variant.importance, start=0.0, module="model"
@@ -432,6 +439,15 @@ def block_lasso(run: Run) -> list[Callback]:
     ]
 
 
+def teacher_of(run: Run) -> TranslationModel | None:
+    """The model of the finished run that teaches."""
+    if not run.settings.teacher:
+        return None
+    model = TranslationModel(VOCABULARY, SIZES[run.size])
+    load_model(model, str(Run(run.settings.teacher, run.seed, run.size).weights))
+    return model
+
+
 def callbacks_of(run: Run, module: Translation) -> list[Callback]:
     variant = run.settings
     made: list[Callback] = []
@@ -442,7 +458,7 @@ def callbacks_of(run: Run, module: Translation) -> list[Callback]:
     elif variant.study == "bssl":
         made += block_lasso(run)
     if variant.distillation:
-        made.append(Distillation(alpha=variant.distillation, temperature=1.0, module="model"))
+        made.append(Distillation(alpha=variant.distillation, temperature=1.0, teacher=teacher_of(run), module="model"))
     return made
 
 
@@ -589,6 +605,12 @@ def train(run: Run, folder: str) -> dict[str, Any]:
         raise SystemExit(
             f"{run.name} starts from the dense weights: run "
             f"`--variant dense --size {run.size} --seed {run.seed}` first."
+        )
+    teacher = run.settings.teacher
+    if teacher and not Run(teacher, run.seed, run.size).weights.is_file():
+        raise SystemExit(
+            f"{run.name} learns from the weights of {teacher}: run "
+            f"`--variant {teacher} --size {run.size} --seed {run.seed}` first."
         )
     data = parallel_text(folder, run.size, run.seed)
     batches = len(data.train_dataloader())

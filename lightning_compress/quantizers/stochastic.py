@@ -35,6 +35,7 @@ class Stochastic(Quantizer):
         norm: "max", the largest element; "l2", the Euclidean norm, which leaves most levels unused where a block has
             more than a few elements; "mse", the part of the largest element with the least squared error of rounding to
             the nearest, beyond which elements are cut: it is not unbiased there, and takes four to five times as long.
+            Elements that are cut get no gradients; only with the two levels of one bit all do, as half are cut there.
         scope: which elements share a norm: "tensor", "row" or "group:K".
         strict: whether the sign is one of the bits; without, there are :math:`s = 2^b - 1` levels of each sign.
 
@@ -73,6 +74,10 @@ class Stochastic(Quantizer):
         return cls(bits, "max", "tensor", strict=False)
 
     @property
+    def _two_levels(self) -> bool:
+        return self.strict and self.bits == 1
+
+    @property
     def stored_bits(self) -> int:
         """Those of the argument, and one for the sign if it is not among them."""
         return self.bits if self.strict else self.bits + 1
@@ -86,7 +91,8 @@ class Stochastic(Quantizer):
             grid = self._levels(largest) if self.norm == "max" else self._closest(blocks, largest)
         exact = grid.positions(blocks)
         positions = exact.clamp(grid.low, grid.high)
-        passes = positions == exact if self.norm == "mse" else None
+        # the levels of a single bit lie at the mean magnitude: beyond it half of all elements would never be trained
+        passes = positions == exact if self.norm == "mse" and not self._two_levels else None
         if generator is None:
             integers = positions.round_()
         else:
@@ -95,14 +101,14 @@ class Stochastic(Quantizer):
         return Rounded(grid, integers, passes)
 
     def _levels(self, norm: Tensor) -> Grid:
-        if self.strict and self.bits == 1:
+        if self._two_levels:
             return Grid(0, 1, 2 * norm, -norm)
         steps = 2 ** (self.bits - 1) - 1 if self.strict else 2**self.bits - 1
         return Grid(-steps, steps, norm / steps)
 
     def _closest(self, blocks: Tensor, largest: Tensor) -> Grid:
         """The grid with the least squared error among some; of two levels it is known."""
-        if self.strict and self.bits == 1:
+        if self._two_levels:
             return self._levels(blocks.abs().mean(1, keepdim=True))
         rows = CACHED // blocks.shape[1] if blocks.device.type == "cpu" else len(blocks)
         parts = zip(blocks.split(max(1, rows)), largest.split(max(1, rows)), strict=True)

@@ -296,7 +296,7 @@ def test_gradients_pass_straight_through(quantizer: Quantizer) -> None:
     expected = outer.clone()
     if quantizer == Binary.of_the_report():
         expected[value.detach().abs() > 1] = 0
-    elif isinstance(quantizer, Stochastic) and quantizer.norm == "mse":
+    elif isinstance(quantizer, Stochastic) and quantizer.norm == "mse" and (quantizer.bits > 1 or not quantizer.strict):
         grid = quantizer.quantize(value.detach()).grid
         inside = grid.cut(grid.positions(quantizer.blocks(value.detach())))[1].reshape(value.shape)
         assert not inside.all() or quantizer.scope == "group:4" or grid.high >= 7

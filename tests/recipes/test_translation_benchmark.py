@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, load_model
-from torch import nn
+from torch import Tensor, nn
 
 pytest.importorskip("tokenizers", reason="needs the extra `recipes`")
 
 from benchmarks import translation
-from lightning_compress import discover
+from lightning_compress import Distillation, discover
 from lightning_compress.budget import cost_polynomial
 from lightning_compress.regularizers.blocks import block_line_norms
 from recipes import translation as recipe
@@ -36,15 +39,17 @@ RUNS = (
     *(
         "dense",
         "longer",
+        "longer-taught",
         "ssl-fine-20",
         "ssl-naive-45",
         "ssl-fine-45-large",
         "ssl-coarse-45-taylor-kd",
         "heads-20",
         "units-20",
+        "heads-units-20",
         "heads-units-45",
     ),
-    *("binary-attention-report", "stochastic8-tables-code", "bssl-square-1"),
+    *("stochastic1-attention-nearest-taught", "binary-attention-report", "stochastic8-tables-code", "bssl-square-1"),
 )
 
 
@@ -87,7 +92,7 @@ def test_names_and_commands() -> None:
         names
     )
     quantized = [r.settings.study for r in translation.all_runs("small", ("quantization",)) if r.seed == 0]
-    assert quantized == ["dense", *["quantization"] * 23]
+    assert quantized == [*["dense"] * 2, *["quantization"] * 25]
 
 
 def test_the_reference_comes_before_what_is_compared_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,9 +182,11 @@ def test_every_study_runs_and_the_table_has_it(data: str, capsys: pytest.Capture
                 assert layer.linear1.out_features == 64 and all(a.out_proj.in_features == 32 for a in attentions)
             if variant == "heads-20":
                 assert layer.linear1.out_features == 64
-        if variant == "heads-units-45":
+        if "heads-units" in variant:
+            floor = {20: 60, 45: 36}[translation.VARIANTS[variant].sparsity]
             layers = (*small.transformer.encoder.layers, *small.transformer.decoder.layers)
-            assert all(36 <= layer.linear1.out_features <= 64 for layer in layers)
+            assert all(floor <= layer.linear1.out_features <= 64 for layer in layers)
+        if variant == "heads-units-45":
             gone = 24 - sum(m.num_heads for m in small.modules() if isinstance(m, nn.MultiheadAttention))
             assert gone >= 11  # of 24, which are 60 % of the weights, where the others give 17.5 % at most
     assert {records[name]["sparsity"] for name in ("dense", "longer")} == {0}
@@ -274,6 +281,37 @@ def test_an_interrupted_run_goes_on(data: str, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=0)
 
 
+def test_a_finished_run_teaches(data: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fitted(**settings: Any) -> tuple[list[Distillation], dict[str, Tensor]]:
+        """The callbacks that teach, and the weights after a fit."""
+        taught = run("longer-taught")
+        changed = dataclasses.replace(translation.VARIANTS["longer-taught"], **settings)
+        monkeypatch.setitem(translation.VARIANTS, "longer-taught", changed)
+        L.seed_everything(0, verbose=False)
+        module = translation.new_module(taught, 10)
+        callbacks = translation.callbacks_of(taught, module)
+        translation.fit(taught, module, translation.parallel_text(data, "tiny", 0), callbacks, 1)
+        shutil.rmtree(translation.RUNS / taught.name)
+        return [c for c in callbacks if isinstance(c, Distillation)], dict(module.model.state_dict())
+
+    monkeypatch.setattr(translation, "RUNS", tmp_path)
+    model = translation.new_module(run("dense")).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    for name in ("dense", "longer"):
+        translation.save_model(model, str(run(name).weights))
+    teacher = translation.teacher_of(run("longer-taught"))
+    assert teacher is not None
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(teacher.state_dict()[name], tensor)
+    assert translation.teacher_of(run("longer")) is None and translation.teacher_of(run("heads-20")) is None
+    (with_teacher,), taught = fitted()
+    none, alone = fitted(distillation=0.0, teacher="")
+    assert with_teacher.alpha == 0.5 and none == []
+    assert not torch.equal(taught["output.weight"], alone["output.weight"])
+
+
 def test_logits_of_literal_binary_weights_have_their_scale(data: str) -> None:
     module = translation.new_module(run("binary-all-report"), 10)
     attentions = [m for m in module.modules() if isinstance(m, nn.MultiheadAttention)]
@@ -289,6 +327,12 @@ def test_what_is_missing_is_said(
         SystemExit, match=r"tiny-longer-seed0 starts from the dense weights: run `--variant dense --size"
     ):
         translation.train(run("longer"), data)
+    run("dense").weights.parent.mkdir(parents=True)
+    run("dense").weights.touch()
+    with pytest.raises(
+        SystemExit, match=r"tiny-heads-20-taught-seed0 learns from the weights of longer: run `--variant longer --size"
+    ):
+        translation.train(run("heads-20-taught"), data)
     with pytest.raises(SystemExit, match=r"Expected a finished dense run: python benchmarks/translation.py --variant"):
         translation.latency("tiny", 1)
     shutil.copytree(Path(data) / "multi30k", tmp_path / "multi30k")
