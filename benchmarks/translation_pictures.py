@@ -1,7 +1,7 @@
 """Pictures of what dies under the block-wise group lasso in the translation benchmark.
 
     python benchmarks/translation_pictures.py          # docs/pictures/bssl_blocks.png and bssl_lines.png
-    python benchmarks/translation_pictures.py --variant bssl-slab-1
+    python benchmarks/translation_pictures.py --variant bssl-slab-1    # bssl_slab_1_blocks.png and bssl_slab_1_lines.png
 
 Drawn from the norms in `benchmarks/results/translation/maps`, which `python benchmarks/translation.py --all --study
 bssl` writes; nothing is trained.
@@ -113,7 +113,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=PICTURES)
     arguments = parser.parse_args()
     run = translation.Run(arguments.variant, arguments.seed, arguments.size)
-    pictures = {"bssl_blocks": block_picture(maps_of(run)), "bssl_lines": line_picture(run)}
+    prefix = "bssl" if run.variant == VARIANT else run.variant.replace("-", "_").replace(".", "_")
+    pictures = {f"{prefix}_blocks": block_picture(maps_of(run)), f"{prefix}_lines": line_picture(run)}
     for name, figure in pictures.items():
         figure.savefig(arguments.folder / f"{name}.png")
         print(arguments.folder / f"{name}.png")

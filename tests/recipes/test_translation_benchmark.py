@@ -253,11 +253,17 @@ def test_pictures_show_what_was_counted(data: str, tmp_path: Path, monkeypatch: 
     pictures.main()
     for name in ("bssl_blocks", "bssl_lines"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr("sys.argv", ["x", "--variant", "bssl-slab-1", "--size", "tiny"])
+    command = ["x", "--variant", "bssl-slab-1", "--size", "tiny", "--folder", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", command)
     with pytest.raises(
         SystemExit, match=r"Expected .*npz: python benchmarks/translation.py --variant bssl-slab-1 --size"
     ):
         pictures.main()
+    translation.single(run("bssl-slab-1"), data)
+    pictures.main()
+    assert {p.name for p in tmp_path.glob("*.png")} == {
+        f"bssl_{name}.png" for name in ("blocks", "lines", "slab_1_blocks", "slab_1_lines")
+    }
 
 
 def test_an_interrupted_run_goes_on(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
