@@ -31,9 +31,9 @@ what the others have to be compared with, since a falling learning rate alone ra
                  most or half of what goes are heads, which take more time than other units with as many MACs
     binary, stochasticB, lsq2
                  weights trained as integers; -report and -code are the literal forms of the second study, from the
-                 first step on; of the others a growing part of the elements is quantized; -nearest rounds at random for
-                 0.7 of the fit, then as in evaluation
-    -taught      any of these, and the dense model again, with half of the loss from the answers of `longer`
+                 first step on; of the others a growing part of the elements is quantized, all from 0.4 of the fit on;
+                 -nearest rounds at random for 0.7 of the fit, then as in evaluation, -early for 0.4
+      -taught    any of these with half of the loss from the answers of `longer`
     bssl         block-wise group lasso, nothing removed; norms of the lines of all blocks go to results/.../maps
 """
 
@@ -101,7 +101,10 @@ from recipes.translation import (  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results" / "translation"
 RUNS = ROOT / "benchmarks" / "runs" / "translation"  # checkpoints, weights, logs: ignored by git
 SEEDS = (0, 1)
-REPEATED = ("longer", "ssl-coarse-20-taylor", "ssl-coarse-45-taylor", "units-20", "units-45", "stochastic4-attention")
+REPEATED = (
+    *("longer", "ssl-coarse-20-taylor", "ssl-coarse-45-taylor", "units-20", "units-45", "heads-units-20"),
+    *("stochastic4-attention", "stochastic2-attention"),
+)
 TESTS = ("test_2016_flickr", "test_2017_flickr")
 VOCABULARY = 6000
 STUDIES = ("dense", "tprune", "quantization", "bssl")
@@ -118,7 +121,7 @@ TRIALS, RESAMPLES = 10_000, 1000  # in which translations of two models change p
 REMOVED_AT = 0.4  # of the fit
 FFN_FLOORS = {20: 15 / 16, 45: 9 / 16}  # of the feed-forward units, where heads have to go: by percent of the weights
 GRADUAL: dict[str, Any] = {"start": 0.05, "full_at": 0.4}
-NEAREST_AT = 0.7
+NEAREST_AT = {"nearest": 0.7, "early": 0.4}
 TAUGHT: dict[str, Any] = {"distillation": 0.5, "teacher": "longer"}
 QUERIES_KEYS_VALUES = ("*self_attn", "*multihead_attn")  # their packed weights: without the output projection
 
@@ -203,10 +206,11 @@ def quantization_variants() -> Iterator[tuple[str, Variant]]:
         if bits == 3:  # seven levels, which that study calls two bits, as it does not count the sign
             continue
         if bits <= 2:
-            settled = {**when, "nearest_at": NEAREST_AT}
             levels = Stochastic(bits, norm="mse")
-            yield f"stochastic{bits}-attention-nearest", variant(levels, "attention", **settled)
-            yield f"stochastic{bits}-attention-nearest-taught", variant(levels, "attention", more=TAUGHT, **settled)
+            for name, moment in NEAREST_AT.items():
+                yield f"stochastic{bits}-attention-{name}", variant(levels, "attention", nearest_at=moment, **when)
+            taught = variant(levels, "attention", more=TAUGHT, nearest_at=NEAREST_AT["nearest"], **when)
+            yield f"stochastic{bits}-attention-nearest-taught", taught
         yield f"stochastic{bits}-attention-report", variant(Stochastic.of_the_report(bits), "attention")
         yield f"stochastic{bits}-attention-code", variant(Stochastic.of_the_code(bits), QUERIES_KEYS_VALUES)
     tables = ("attention", "embedding")
@@ -226,7 +230,6 @@ def bssl_variants() -> Iterator[tuple[str, Variant]]:
 VARIANTS: dict[str, Variant] = {
     "dense": Variant("dense"),
     "longer": Variant("dense"),
-    "longer-taught": Variant("dense", **TAUGHT),
     **dict(tprune_variants()),
     **dict(quantization_variants()),
     **dict(bssl_variants()),

@@ -1,7 +1,7 @@
 """Pictures of what dies under the block-wise group lasso in the translation benchmark.
 
     python benchmarks/translation_pictures.py          # docs/pictures/bssl_blocks.png and bssl_lines.png
-    python benchmarks/translation_pictures.py --variant bssl-slab-1    # bssl_slab_1_blocks.png and bssl_slab_1_lines.png
+    python benchmarks/translation_pictures.py --variant bssl-slab-1    # bssl_slab_1_blocks.png and ..._lines.png
 
 Drawn from the norms in `benchmarks/results/translation/maps`, which `python benchmarks/translation.py --all --study
 bssl` writes; nothing is trained.

@@ -39,7 +39,6 @@ RUNS = (
     *(
         "dense",
         "longer",
-        "longer-taught",
         "ssl-fine-20",
         "ssl-naive-45",
         "ssl-fine-45-large",
@@ -92,7 +91,7 @@ def test_names_and_commands() -> None:
         names
     )
     quantized = [r.settings.study for r in translation.all_runs("small", ("quantization",)) if r.seed == 0]
-    assert quantized == [*["dense"] * 2, *["quantization"] * 25]
+    assert quantized == ["dense", *["quantization"] * 27]
 
 
 def test_the_reference_comes_before_what_is_compared_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,9 +289,9 @@ def test_an_interrupted_run_goes_on(data: str, monkeypatch: pytest.MonkeyPatch) 
 def test_a_finished_run_teaches(data: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fitted(**settings: Any) -> tuple[list[Distillation], dict[str, Tensor]]:
         """The callbacks that teach, and the weights after a fit."""
-        taught = run("longer-taught")
-        changed = dataclasses.replace(translation.VARIANTS["longer-taught"], **settings)
-        monkeypatch.setitem(translation.VARIANTS, "longer-taught", changed)
+        taught = run("heads-20-taught")
+        changed = dataclasses.replace(translation.VARIANTS["heads-20-taught"], **settings)
+        monkeypatch.setitem(translation.VARIANTS, "heads-20-taught", changed)
         L.seed_everything(0, verbose=False)
         module = translation.new_module(taught, 10)
         callbacks = translation.callbacks_of(taught, module)
@@ -307,7 +306,7 @@ def test_a_finished_run_teaches(data: str, monkeypatch: pytest.MonkeyPatch, tmp_
             parameter.mul_(1.5)
     for name in ("dense", "longer"):
         translation.save_model(model, str(run(name).weights))
-    teacher = translation.teacher_of(run("longer-taught"))
+    teacher = translation.teacher_of(run("heads-20-taught"))
     assert teacher is not None
     for name, tensor in model.state_dict().items():
         assert torch.equal(teacher.state_dict()[name], tensor)
