@@ -20,6 +20,7 @@ from torch import Tensor, nn
 pytest.importorskip("tokenizers", reason="needs the extra `recipes`")
 
 from benchmarks import translation
+from benchmarks.significance import significance
 from lightning_compress import Distillation, discover
 from lightning_compress.budget import cost_polynomial
 from lightning_compress.regularizers.blocks import block_line_norms
@@ -130,14 +131,14 @@ def test_each_seed_is_compared_with_the_reference_of_its_own() -> None:
 def test_differences_are_compared_with_what_other_sentences_would_give() -> None:
     texts = [f"the {a} cat sees the {b} dog and goes home" for a in ("old", "new", "red") for b in ("big", "sad")] * 5
     wrong = [text.replace("cat sees", "sees cat") if number % 3 == 0 else text for number, text in enumerate(texts)]
-    alike = translation.significance(list(texts), list(texts), texts)
+    alike = significance(list(texts), list(texts), texts)
     assert alike == {"p": 1.0, "interval": 0.0}
-    worse = translation.significance(wrong, texts, texts)
+    worse = significance(wrong, texts, texts)
     assert worse["p"] < 0.01 and worse["interval"] > 1
     # as many mistakes, some of them elsewhere
     other = [text.replace("cat sees", "sees cat") if number % 4 == 0 else text for number, text in enumerate(texts)]
     other[1:4:2] = [text.replace("cat sees", "sees cat") for text in texts[1:4:2]]
-    assert translation.significance(other, wrong, texts)["p"] > 0.2
+    assert significance(other, wrong, texts)["p"] > 0.2
 
 
 def test_costs_are_those_that_the_library_counts() -> None:
