@@ -17,7 +17,8 @@ heads-units  the same, but each feed-forward part keeps 15/16 (of 20 percent) or
 binary, stochasticB, lsq2
              weights trained as integers; -report and -code are the literal forms of the second study, from the
              first step on; of the others a growing part of the elements is quantized, all from 0.4 of the fit on;
-             -nearest rounds at random for 0.7 of the fit, then as in evaluation, -early for 0.4
+             -nearest rounds at random for 0.7 of the fit, then as in evaluation, -early for 0.4; -groups is -early
+             with a scale for 64 elements in place of a row
   -taught    any of these with half of the loss from the answers of `longer`
 bssl         block-wise group lasso, nothing removed; norms of the lines of all blocks go to results/.../maps
 """
@@ -104,6 +105,10 @@ def quantization_variants() -> Iterator[tuple[str, Variant]]:
             levels = Stochastic(bits, norm="mse")
             for name, moment in NEAREST_AT.items():
                 yield f"stochastic{bits}-attention-{name}", variant(levels, "attention", nearest_at=moment, **when)
+            if bits == 2:
+                grouped = Stochastic(bits, norm="mse", scope="group:64")
+                early = NEAREST_AT["early"]
+                yield f"stochastic{bits}-attention-groups", variant(grouped, "attention", nearest_at=early, **when)
             taught = variant(levels, "attention", more=TAUGHT, nearest_at=NEAREST_AT["nearest"], **when)
             yield f"stochastic{bits}-attention-nearest-taught", taught
         yield f"stochastic{bits}-attention-report", variant(Stochastic.of_the_report(bits), "attention")

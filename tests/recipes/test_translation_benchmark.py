@@ -92,7 +92,7 @@ def test_names_and_commands() -> None:
         names
     )
     quantized = [r.settings.study for r in translation.all_runs("small", ("quantization",)) if r.seed == 0]
-    assert quantized == ["dense", *["quantization"] * 27]
+    assert quantized == ["dense", *["quantization"] * 28]
 
 
 def test_the_reference_comes_before_what_is_compared_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
