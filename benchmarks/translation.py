@@ -80,7 +80,7 @@ RUNS = ROOT / "benchmarks" / "runs" / "translation"  # checkpoints, weights, log
 SEEDS = (0, 1)
 REPEATED = (
     *("longer", "ssl-coarse-20-taylor", "ssl-coarse-45-taylor", "units-20", "units-45", "heads-units-20"),
-    *("stochastic4-attention", "stochastic2-attention"),
+    *("stochastic4-attention", "stochastic2-attention-early", "stochastic1-attention-early"),
 )
 TESTS = ("test_2016_flickr", "test_2017_flickr")
 VOCABULARY = 6000
