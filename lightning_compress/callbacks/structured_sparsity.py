@@ -188,6 +188,12 @@ class StructuredSparsity(Callback):
                 "strength, but "
                 "the Trainer has none. Add FinalizeCompression(macs=0.4, at=0.6), or give a number: strength=1e-4."
             )
+        if self.settings.strategy == "naive" and self.settings.automatic:
+            rank_zero_warn(
+                "StructuredSparsity(strategy='naive', strength='auto') shrinks the inputs of all matrices, too, with "
+                "the strength that the removal of other units needs: a small translation model was destroyed before "
+                "anything was removed. Choose strategy='coarse', or give a number: strength=1e-4."
+            )
         self._moment = Moment(at=1.0) if finalizer is None else finalizer.moment
         if finalizer is None or not finalizer.skipped:
             owner = "StructuredSparsity" if finalizer is None else "FinalizeCompression"

@@ -499,6 +499,19 @@ def test_half_precision_weights_are_warned_about() -> None:
         fit(Classifier(), sparsity(), precision="bf16-true", max_epochs=1)
 
 
+def test_an_automatic_strength_of_the_naive_strategy_is_warned_about() -> None:
+    def fitted(strategy: str, strength: Any) -> None:
+        module = Classifier(Transformer(blocks=2), optimizer="sgd", lr=1e-3)
+        callback = StructuredSparsity(strategy=strategy, strength=strength, start=0.0)
+        finalize = FinalizeCompression(macs=0.9, at=0.5, report=False)
+        fit(module, callback, finalize, data=loader(sequences=True), max_epochs=1)
+
+    with pytest.warns(UserWarning, match=r"shrinks the inputs of all matrices.*Choose strategy='coarse', or give"):
+        fitted("naive", "auto")
+    fitted("naive", 1e-4)  # warnings are errors
+    fitted("coarse", "auto")
+
+
 def test_state_can_be_saved_and_loaded() -> None:
     module = Classifier(Transformer())
     callback = StructuredSparsity(importance="taylor", start=0.0, strength=3.0)

@@ -33,6 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:.*exists and is not empty.*"),
     pytest.mark.filterwarnings("ignore:.*smaller than the logging interval.*"),
+    pytest.mark.filterwarnings("ignore:.*strategy='naive', strength='auto'.*"),
     pytest.mark.filterwarnings("ignore:Expected to keep params"),  # units of a tiny model are large
 ]
 
