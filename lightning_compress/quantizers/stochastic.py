@@ -35,7 +35,7 @@ class Stochastic(Quantizer):
         norm: "max", the largest element; "l2", the Euclidean norm, which leaves most levels unused where a block has
             more than a few elements; "mse", the part of the largest element with the least squared error of rounding to
             the nearest, beyond which elements are cut: it is not unbiased there, and takes four to five times as long.
-            Elements that are cut get no gradients; only with the two levels of one bit all do, as half are cut there.
+            Elements that are cut get no gradients, except with the two levels of one bit, where too many are cut.
         scope: which elements share a norm: "tensor", "row" or "group:K".
         strict: whether the sign is one of the bits; without, there are :math:`s = 2^b - 1` levels of each sign.
 
@@ -91,7 +91,7 @@ class Stochastic(Quantizer):
             grid = self._levels(largest) if self.norm == "max" else self._closest(blocks, largest)
         exact = grid.positions(blocks)
         positions = exact.clamp(grid.low, grid.high)
-        # the levels of a single bit lie at the mean magnitude: beyond it half of all elements would never be trained
+        # the levels of a single bit lie at the mean magnitude, and about two in five elements beyond it
         passes = positions == exact if self.norm == "mse" and not self._two_levels else None
         if generator is None:
             integers = positions.round_()
