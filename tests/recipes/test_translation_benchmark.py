@@ -303,19 +303,21 @@ def test_a_finished_run_teaches(data: str, monkeypatch: pytest.MonkeyPatch, tmp_
 
     monkeypatch.setattr(translation, "RUNS", tmp_path)
     model = translation.new_module(run("dense")).model
+    translation.save_model(model, str(run("dense").weights))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
-    for name in ("dense", "longer"):
-        translation.save_model(model, str(run(name).weights))
+    translation.save_model(model, str(run("longer").weights))
     teacher = translation.teacher_of(run("heads-20-taught"))
     assert teacher is not None
     for name, tensor in model.state_dict().items():
         assert torch.equal(teacher.state_dict()[name], tensor)
     assert translation.teacher_of(run("longer")) is None and translation.teacher_of(run("heads-20")) is None
     (with_teacher,), taught = fitted()
+    _, by_itself = fitted(teacher="")
     none, alone = fitted(distillation=0.0, teacher="")
     assert with_teacher.alpha == 0.5 and none == []
+    assert not torch.equal(taught["output.weight"], by_itself["output.weight"])
     assert not torch.equal(taught["output.weight"], alone["output.weight"])
 
 
